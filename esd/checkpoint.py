@@ -1,0 +1,314 @@
+"""Erased weights as a file: what changed, from which base, and how to put it on and take it off again.
+
+`erased.safetensors` holds the float32 *difference* student - base of each selected tensor under its denoiser
+parameter name, and provenance as JSON in the header. Differences, because they say what was erased and can
+be checked against their base; float32, because a difference rounded to bf16 loses a third of what absolute
+bf16 weights lose.
+
+Nothing is ever half applied: another base, unknown names, wrong shapes, a damaged file or a second
+application are refused before the first weight changes. A silent no-op is the worst thing a file of weights
+can do.
+
+The base is known by its *fingerprint*: a few values of each selected tensor, compared at the coarser of the
+two precisions. The same base in fp32, fp16 or bf16 is accepted; a fine-tune of it differs in some of
+thousands of values.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+
+FORMAT = "esd-difference-v1"
+FILE_NAME = "erased.safetensors"
+_VALUES = 32  # of each tensor in a fingerprint
+_MANTISSA = {"float32": 24, "float16": 11, "bfloat16": 8}
+
+
+class CheckpointError(UserError):
+    """A file of erased weights that cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """A loaded checkpoint.
+
+    Attributes:
+        differences: student - base by denoiser parameter name, float32 on the CPU.
+        provenance: what the trainer wrote, and the base's "fingerprint".
+        path: the file.
+    """
+
+    differences: dict[str, Tensor]
+    provenance: dict[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """Originals of a denoiser that wears a checkpoint, kept on the CPU."""
+
+    path: Path
+    originals: dict[str, Tensor]
+
+
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, _Applied] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """What identifies these base tensors: precision and 32 evenly spaced values of each, ready for JSON."""
+    prints = {}
+    for name, tensor in tensors.items():
+        values = _sample(tensor).numpy().astype("<f4").tobytes()
+        prints[name] = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "values": base64.b64encode(values).decode(),
+        }
+    return prints
+
+
+def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that a reader sees the whole file or none.
+
+    Args:
+        path: the file, in an existing directory.
+        differences: student - base by denoiser parameter name; stored as float32.
+        provenance: anything JSON can hold; must have "fingerprint", made by `fingerprint` from the base
+            tensors.
+
+    Raises:
+        ValueError: no difference, or one without a fingerprint.
+    """
+    if not differences or set(differences) != set(provenance.get("fingerprint", ())):
+        raise ValueError(
+            "a checkpoint needs differences, and provenance['fingerprint'] for exactly those tensors"
+        )
+    tensors = {name: d.detach().to("cpu", torch.float32).contiguous() for name, d in differences.items()}
+    header = {
+        "format": FORMAT,
+        "sha256": _digest(tensors),
+        "provenance": json.dumps(dict(provenance), sort_keys=True),
+    }
+    _publish(Path(path), tensors, header)
+
+
+def load(path: str | Path) -> Erased:
+    """The checkpoint in a file, or in a run directory that holds one.
+
+    Raises:
+        CheckpointError: nothing there, not such a file, or a damaged one.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / FILE_NAME
+    if not file.is_file():
+        raise CheckpointError(
+            f"checkpoint is {str(path)!r}; there is no file {file.name!r} there; give a file or a run "
+            "directory"
+        )
+    try:
+        with safe_open(file, framework="pt") as handle:
+            header = handle.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{str(path)!r} has format {header.get('format')!r}; only {FORMAT!r}, as "
+                    "esd.train writes it, can be applied"
+                )
+            differences = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            provenance = json.loads(header.get("provenance", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}; copy or train it again") from error
+    same_names = set(provenance.get("fingerprint", ())) == set(differences)
+    intact = same_names and header.get("sha256") == _digest(differences)
+    if not intact:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: the checksum does not match; copy or train it again"
+        )
+    return Erased(differences, provenance, file)
+
+
+def apply(pipe: Any, path: str | Path) -> None:
+    """Puts erased weights on a pipeline's denoiser, in place and in its own precision; `remove` undoes it.
+
+    Args:
+        pipe: a diffusers pipeline, or a denoiser itself.
+        path: a checkpoint file or a run directory.
+
+    Raises:
+        CheckpointError: not readable, made from another base, for another architecture, or the pipeline
+            wears one.
+    """
+    denoiser = _denoiser(pipe)
+    if denoiser in _APPLIED:
+        raise CheckpointError(
+            f"the pipeline already wears {str(_APPLIED[denoiser].path)!r}; call esd.remove(pipe) first"
+        )
+    checkpoint = load(path)
+    parameters = _fitting(checkpoint, denoiser)
+    originals = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    erased_weights = _erased_weights(checkpoint, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(erased_weights[name])
+    _APPLIED[denoiser] = _Applied(checkpoint.path, originals)
+
+
+def remove(pipe: Any) -> None:
+    """Puts the kept originals back, bit for bit (w + d - d is not w).
+
+    Raises:
+        CheckpointError: the pipeline wears no checkpoint.
+    """
+    denoiser = _denoiser(pipe)
+    if denoiser not in _APPLIED:
+        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
+    parameters = dict(denoiser.named_parameters())
+    with torch.no_grad():
+        for name, original in _APPLIED.pop(denoiser).originals.items():
+            parameters[name].copy_(original)
+
+
+@contextmanager
+def erased(pipe: Any, path: str | Path) -> Iterator[Any]:
+    """The pipeline with erased weights on, for the length of a `with` block; they come off on any exit."""
+    apply(pipe, path)
+    try:
+        yield pipe
+    finally:
+        remove(pipe)
+
+
+def export_official(path: str | Path, pipe: Any, out: str | Path) -> None:
+    """Writes absolute weights under bare denoiser names, in the pipeline's precision, as upstream's scripts
+    do.
+
+    ``pipe.unet.load_state_dict(load_file(out), strict=False)`` is all a reader needs.
+
+    Args:
+        path: a checkpoint file or a run directory.
+        pipe: the base it was made from, with no erased weights on.
+        out: file to write.
+
+    Raises:
+        CheckpointError: see `apply`.
+
+    Source: rohitgandikota/erasing, esd_sd.py, whose files these load like.
+    """
+    checkpoint, denoiser = load(path), _denoiser(pipe)
+    if denoiser in _APPLIED:
+        raise CheckpointError("the pipeline wears erased weights; call esd.remove(pipe) before exporting")
+    weights = _erased_weights(checkpoint, _fitting(checkpoint, denoiser))
+    header = {"format": "pt", "provenance": json.dumps(checkpoint.provenance, sort_keys=True)}
+    _publish(Path(out), {name: weight.cpu().contiguous() for name, weight in weights.items()}, header)
+
+
+def _erased_weights(checkpoint: Erased, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Base + difference, summed in float32, in each parameter's own precision and place."""
+    return {
+        name: (p.detach().float() + checkpoint.differences[name].to(p.device)).to(p.dtype)
+        for name, p in parameters.items()
+    }
+
+
+def _fitting(checkpoint: Erased, denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint changes, after making sure that this is its base."""
+    parameters, file = dict(denoiser.named_parameters()), checkpoint.path.name
+    for name, difference in checkpoint.differences.items():
+        if name not in parameters:
+            near = get_close_matches(name, parameters, n=1, cutoff=0.8)
+            hint = (
+                f"; nearest: {near[0]} (unload adapters first)"
+                if near
+                else "; it is for another architecture"
+            )
+            raise CheckpointError(
+                f"{file} holds {name!r}, which {type(denoiser).__name__} does not have{hint}"
+            )
+        if parameters[name].shape != difference.shape:
+            raise CheckpointError(
+                f"{file} holds {name!r} of shape {tuple(difference.shape)}, the model's is "
+                f"{tuple(parameters[name].shape)}; use the base it was made from: {_base(checkpoint)}"
+            )
+    chosen = {name: parameters[name] for name in checkpoint.differences}
+    for name, known in checkpoint.provenance["fingerprint"].items():
+        if not _same(known, chosen[name]):
+            raise CheckpointError(
+                f"{file} was made from another base: {name!r} differs; use the one it was made from: "
+                f"{_base(checkpoint)}"
+            )
+    return chosen
+
+
+def _same(known: Mapping[str, str], tensor: Tensor) -> bool:
+    """Whether a tensor agrees with its fingerprint at the coarser of the two precisions."""
+    then = torch.from_numpy(np.frombuffer(base64.b64decode(known["values"]), "<f4").copy())
+    now = _sample(tensor)
+    kinds = (known["dtype"], str(tensor.dtype).removeprefix("torch."))
+    coarse: torch.dtype = getattr(torch, min(kinds, key=lambda kind: _MANTISSA.get(kind, 24)))
+    then, now = then.to(coarse).float(), now.to(coarse).float()
+    if set(kinds) == {"float16", "bfloat16"}:  # rounded twice on one side: one unit in bf16's last place
+        return torch.allclose(then, now, rtol=2.0**-7, atol=2.0**-24)
+    return torch.equal(then, now)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Up to 32 evenly spaced values (k,), float32 on the CPU."""
+    count = min(tensor.numel(), _VALUES)
+    places = torch.arange(count, device=tensor.device) * tensor.numel() // count
+    return tensor.detach().flatten()[places].float().cpu()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values; the file's own bytes would change with the header's order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _publish(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Writes beside `path`, syncs, and moves into place."""
+    staged = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        save_file(tensors, staged, metadata=header)
+        with staged.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _denoiser(pipe: Any) -> nn.Module:
+    """The UNet or transformer of a pipeline, or the module itself."""
+    if isinstance(pipe, nn.Module):
+        return pipe
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if not isinstance(denoiser, nn.Module):
+        raise CheckpointError(
+            f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusers pipeline"
+        )
+    return denoiser
+
+
+def _base(checkpoint: Erased) -> str:
+    """How the provenance names the base."""
+    base = checkpoint.provenance.get("base", "unknown")
+    return str(base.get("name", base) if isinstance(base, Mapping) else base)

@@ -1,0 +1,106 @@
+"""The supported architectures: load a stock pipeline, and get the `Family` that knows its ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from esd.errors import UserError
+
+from .base import Conditioning, Denoiser, Family
+from .unet import StableDiffusion
+
+__all__ = [
+    "Conditioning",
+    "Denoiser",
+    "Family",
+    "StableDiffusion",
+    "check_model",
+    "family_of",
+    "load_pipeline",
+]
+
+_FAMILIES: dict[str, type[StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
+
+
+def check_model(path: str | Path) -> None:
+    """Refuses at once, without loading or network, a local base that does not exist or is no pipeline.
+
+    A name like "org/model" that is nothing here is taken for a hub id and passes.
+
+    Raises:
+        UserError: see above.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        if not (local / "model_index.json").is_file():
+            raise UserError(
+                f"model.path is {str(path)!r}, which holds no model_index.json; give the "
+                "directory of a diffusers pipeline or a hub id"
+            )
+        return
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or Path(parts[0]).is_dir():
+        raise UserError(
+            f"model.path is {str(path)!r}, which does not exist; give the directory of a diffusers "
+            "pipeline or a hub id such as 'CompVis/stable-diffusion-v1-4'"
+        )
+
+
+def load_pipeline(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Any:
+    """The stock diffusers pipeline at a local directory or hub id, without its safety checker, progress bar
+    off.
+
+    Only safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        path: directory that holds model_index.json, or "org/model".
+        dtype: floating-point type of the weights.
+        device: where to put them.
+        revision: commit of the hub repository; pin one for work to be repeated.
+
+    Raises:
+        UserError: nothing there, not a pipeline, not a supported one, or no safetensors weights.
+    """
+    check_model(path)
+    try:
+        index = DiffusionPipeline.load_config(str(path), revision=revision)
+        _check_supported(index.get("_class_name"))
+        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+        pipe = DiffusionPipeline.from_pretrained(
+            str(path), dtype=dtype, revision=revision, use_safetensors=True, **unchecked
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path is {str(path)!r}, which could not be loaded as a pipeline: {reason}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def family_of(pipe: Any, sample_size: tuple[int, int] | None = None) -> Family:
+    """The family of a pipeline.
+
+    Args:
+        pipe: a stock diffusers pipeline.
+        sample_size: latent (height, width) to train at, or None for the model's own.
+
+    Raises:
+        UserError: an unsupported pipeline.
+    """
+    _check_supported(type(pipe).__name__)
+    return _FAMILIES[type(pipe).__name__](pipe, sample_size)
+
+
+def _check_supported(name: object) -> None:
+    if name not in _FAMILIES:
+        raise UserError(f"the pipeline is a {name}; supported: {', '.join(_FAMILIES)}")

@@ -1,0 +1,179 @@
+"""What the rest of the code may assume about a model: the `Family` protocol.
+
+Every difference between architectures (conditioning tensors, input scaling, packing, guidance embeddings,
+timestep shift) lives behind these methods and nowhere else. `predict` takes the denoiser as an argument, so
+the live student, its DDP wrapper, the teacher view and a hooked model are all just callables.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from esd import seeding
+from esd.errors import UserError
+from esd.objectives import PredictionType
+from esd.selection import ParameterInfo, Preset, Selection, resolve
+
+Guidance = Literal["cfg", "distilled", "none"]
+Denoiser = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is conditioned on: named tensors, batch first.
+
+    Attributes:
+        tensors: for SD1 ``{"encoder_hidden_states": (b, n, d)}``; SDXL adds pooled text and time ids, and so
+            on.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Conditioning:
+        """Rows of the batch, kept as a batch: an int gives a batch of one."""
+        if isinstance(rows, int):
+            rows = [rows]
+        return self._map(lambda tensor: tensor[rows])
+
+    def repeat(self, n: int) -> Conditioning:
+        """Every row `n` times, copies of one row next to each other: (b n, ...)."""
+        return self._map(lambda tensor: tensor.repeat_interleave(n, 0))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One batch after the other; all must hold the same names."""
+        return Conditioning(
+            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """The same on another device or in another floating-point type (integer tensors keep theirs)."""
+        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: function(tensor) for name, tensor in self.tensors.items()})
+
+
+class Family(ABC):
+    """One architecture behind one set of methods.
+
+    Attributes:
+        name: of the architecture, such as "stable-diffusion".
+        pipe: the stock diffusers pipeline it was made from.
+        denoiser: the live UNet or transformer.
+        prediction_type: "epsilon", "v_prediction" or "flow".
+        sample_shape: (c, h, w) of a latent.
+        guidance: "cfg" (two passes), "distilled" (an embedded scale) or "none".
+        presets: selections by name.
+        dtype: floating-point type of the base's denoiser.
+    """
+
+    name: ClassVar[str]
+    guidance: ClassVar[Guidance]
+    presets: ClassVar[Mapping[str, Preset]]
+
+    pipe: Any
+    denoiser: nn.Module
+    prediction_type: PredictionType
+    sample_shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's parameters are now."""
+        return next(self.denoiser.parameters()).device
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning (len(prompts), ...) on the denoiser's device; each prompt is encoded once."""
+
+    @abstractmethod
+    def release_encoders(self) -> None:
+        """Moves the text encoders to the CPU; prompts encoded so far stay usable."""
+
+    @abstractmethod
+    def recall_encoders(self) -> None:
+        """Brings released text encoders back beside the denoiser."""
+
+    def initial_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """x_T, unit variance, float32 (len(generators), c, h, w): row i from CPU generator i alone.
+
+        Scaling by the scheduler's `init_noise_sigma` belongs to the rollout.
+        """
+        return seeding.normal(generators, self.sample_shape).to(self.device)
+
+    @abstractmethod
+    def scheduler(self, num_steps: int, name: str | None = None) -> Any:
+        """A fresh diffusers scheduler with its timesteps set.
+
+        Args:
+            num_steps: sampling steps, >= 1 (schedulers may visit more points than that).
+            name: one of the family's scheduler names, or None for the pipeline's own.
+
+        Raises:
+            UserError: unknown name, or num_steps out of range.
+        """
+
+    def model_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser gets for latents `x` at time `t`: Euler-type schedulers rescale here."""
+        return scheduler.scale_model_input(x, t)
+
+    @abstractmethod
+    def predict(self, denoiser: Denoiser, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The denoiser's prediction in its own parametrisation, float32 (b, c, h, w).
+
+        Args:
+            denoiser: the live module, a wrapper of it, or the teacher view.
+            x: (b, c, h, w), already through `model_input`.
+            t: scalar or (b,), in the scheduler's units.
+            cond: batch of b.
+        """
+
+    @abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales (b,) of signal and noise in x_t = α x_0 + σ ε, float32; a fractional t (b,) interpolates."""
+
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """ᾱ_t = α² (b,), float32, in [0, 1]."""
+        return self.alpha_sigma(t)[0].square()
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (b, 3, H, W), float32 in [0, 1], of clean latents (b, c, h, w)."""
+
+    @abstractmethod
+    def parameter_infos(self) -> list[ParameterInfo]:
+        """The role of every parameter of the denoiser, in the model's order."""
+
+    @abstractmethod
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Words of the prompts that the text encoder cannot have learned, in order of appearance."""
+
+    def select(self, expression: str) -> Selection:
+        """The parameters an expression names; see `esd.selection`.
+
+        Raises:
+            SelectionError: malformed, or a part of it matches nothing.
+        """
+        return resolve(expression, self.parameter_infos(), self.presets, type(self.denoiser).__name__)
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base for provenance: a hub id, or the last two parts of a local path."""
+        where = str(getattr(self.pipe, "name_or_path", "") or getattr(self.denoiser, "name_or_path", ""))
+        return "/".join(where.replace("\\", "/").rstrip("/").split("/")[-2:]) or type(self.pipe).__name__
+
+
+def check_steps(num_steps: int, num_train_timesteps: int) -> None:
+    """Raises UserError unless 1 <= num_steps <= num_train_timesteps."""
+    if not 1 <= num_steps <= num_train_timesteps:
+        raise UserError(f"num_steps is {num_steps}; allowed: 1 to {num_train_timesteps}, such as 50")

@@ -1,0 +1,339 @@
+"""Where training points come from: two strategies behind one call, `points(step, indices)`.
+
+ESD has no data set. It trains at noisy latents that the model itself passes through on the way from pure
+noise to a picture of the concept: run the sampler with guidance from x_T, stop at a random step, and that
+x_t is the training point.
+
+`OnPolicy`  a fresh partial rollout for every sample of every update, by the student as it is now (the paper)
+            or by the teacher (upstream's scripts since 2024). Costs up to `num_steps` guided calls an update.
+`Bank`      with a frozen sampler, one whole rollout visits `num_steps` training points, and the two halves
+            of its guided batch *are* the teacher's predictions for the concept and for the null prompt, so
+            they are free. Points of one rollout are correlated; `rollouts` and `reuse` say how much.
+
+Free predictions need all of this: the teacher samples; guidance is not 1 (else only the concept's is free);
+the objective's null is the rollout's negative prompt (here there is only one null); t is the visited time,
+not a jittered one; and the prompt is the one rolled out with (so `erase_from` and null are free, the concept
+costs a call). What is missing is computed, in batched calls, so that the trainer always gets complete points.
+
+Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them.
+
+Source: ESD section 4 and its algorithm (on-policy); rohitgandikota/erasing, esd_sd.py (frozen sampler); the
+bank is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from . import seeding
+from .errors import UserError
+from .families.base import Conditioning, Denoiser, Family
+from .objectives import Anchor
+from .trajectory import TimeRule, Times, Trajectory, predict_many, rollout, times
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is erased, from what, and the null prompt.
+
+    Attributes:
+        concept: one row for each training prompt (P rows).
+        null: one row, the empty prompt's unless the objective says otherwise.
+        erase_from: P rows, or None: the prompts from which the concept is removed as an attribute.
+        sample_with: x_t comes from a rollout with "erase_from" (where there is one) or always with the
+            "concept", as alt_esd_diffusers.py does.
+
+    Raises:
+        ValueError: the numbers of rows do not fit.
+    """
+
+    concept: Conditioning
+    null: Conditioning
+    erase_from: Conditioning | None = None
+    sample_with: Literal["erase_from", "concept"] = "erase_from"
+
+    def __post_init__(self) -> None:
+        if len(self.null) != 1 or (self.erase_from is not None and len(self.erase_from) != len(self.concept)):
+            raise ValueError("conditions need one null row and as many erase_from rows as concept rows")
+
+    @property
+    def student(self) -> Conditioning:
+        """What the student is conditioned on (P rows); index it with `Points.prompt`."""
+        return self.concept if self.erase_from is None else self.erase_from
+
+    @property
+    def rolled(self) -> Conditioning:
+        """What rollouts are conditioned on (P rows)."""
+        return self.concept if self.sample_with == "concept" else self.student
+
+
+@dataclass(frozen=True)
+class Points:
+    """Training points with everything the teacher has to say about them; b of them, float32.
+
+    Attributes:
+        x: what the denoiser gets (b, c, h, w), already through `Family.model_input`.
+        t: its time (b,).
+        prompt: row of `Conditions` it belongs to (b,), int64.
+        concept: teacher's prediction for the concept (b, c, h, w).
+        null: for the null prompt (b, c, h, w).
+        erase_from: for the prompt erased from (b, c, h, w), or None without one.
+    """
+
+    x: Tensor
+    t: Tensor
+    prompt: Tensor
+    concept: Tensor
+    null: Tensor
+    erase_from: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Points:
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken: dict[str, Any] = {name: None if c is None else c[rows] for name, c in columns.items()}
+        return Points(**taken)
+
+    @staticmethod
+    def cat(parts: Sequence[Points]) -> Points:
+        """One batch after the other."""
+        columns: dict[str, Any] = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Points)}
+        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
+        return Points(**joined)
+
+    def anchor(self, anchor: Anchor) -> Tensor:
+        """The objective's anchor: `erase_from`'s prediction where there is one, else what `anchor` names."""
+        if self.erase_from is not None:
+            return self.erase_from
+        return self.null if anchor == "null" else self.concept
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How training points are sampled.
+
+    Attributes:
+        num_steps: of a whole rollout.
+        guidance_scale: of classifier-free guidance while sampling x_t (upstream: 3).
+        time_rule: see `times`.
+        scheduler: see `Family.scheduler`; None for the model's own.
+        max_batch: most rows in one call of the denoiser, >= 2.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    num_steps: int = 50
+    guidance_scale: float = 3.0
+    time_rule: TimeRule = "visited"
+    scheduler: str | None = None
+    max_batch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise UserError(f"num_steps is {self.num_steps}; it must be at least 1, such as 50")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise UserError(
+                f"guidance_scale is {self.guidance_scale}; it must be a finite number >= 0, such as 3"
+            )
+        if self.time_rule not in get_args(TimeRule):
+            raise UserError(f"time_rule is {self.time_rule!r}; allowed: {', '.join(get_args(TimeRule))}")
+        if self.max_batch < 2:
+            raise UserError(f"max_batch is {self.max_batch}; it must be at least 2")
+
+
+class Source(Protocol):
+    """Where training points come from."""
+
+    def points(self, step: int, indices: Sequence[int]) -> Points:
+        """The points of update `step`, one for each sample index (over all processes and micro-batches)."""
+
+
+class OnPolicy:
+    """Fresh partial rollouts for every update, each sample to its own random stop.
+
+    Args:
+        family: of the model.
+        teacher: frozen view, gives the predictions.
+        sampler: who rolls out: the live student (pass the unwrapped module) for the paper's ESD, or the
+            teacher for upstream's later scripts.
+        conditions: prompts; sample i of an update takes prompt (step * per_update + i) mod P.
+        sampling: see `Sampling`.
+        per_update: samples of one update over all processes and micro-batches.
+        seed: of the run.
+
+    Raises:
+        UserError: the time rule does not fit the scheduler.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        teacher: Denoiser,
+        sampler: Denoiser,
+        conditions: Conditions,
+        sampling: Sampling,
+        *,
+        per_update: int,
+        seed: int,
+    ) -> None:
+        self.family, self.teacher, self.sampler = family, teacher, sampler
+        self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
+        self.times = times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler))
+
+    @torch.no_grad()
+    def points(self, step: int, indices: Sequence[int]) -> Points:
+        """Fresh points of update `step`, float32 on the denoiser's device; see `Source`."""
+        prompt = torch.tensor([(step * self.per_update + i) % len(self.conditions.concept) for i in indices])
+        draws = [_draw(self.times, gen) for gen in seeding.generators(self.seed, "time", step, indices)]
+        noise = seeding.generators(self.seed, "noise", step, indices)
+        path = _roll(self, prompt, noise, stop=[self.times.stops[k] for k, _ in draws], keep="last")
+        t = torch.tensor([label for _, label in draws], device=path.t.device)
+        return _complete(self, path.inputs[0], t, prompt.to(t.device), {})
+
+
+class Bank:
+    """Whole rollouts of a frozen sampler, every point of which is used; rebuilt when used up.
+
+    Update s belongs to build s // updates_per_build; within a build, each pass over the points takes them in
+    a new random order. Both are functions of the seed, so a resumed run rebuilds the very same bank, and so
+    does every process of a parallel one.
+
+    Args:
+        family: of the model.
+        teacher: frozen view; rolls out and gives the predictions.
+        conditions: prompts; rollout r of build n has prompt (n * rollouts + r) mod P.
+        sampling: see `Sampling`.
+        rollouts: whole rollouts in a build.
+        reuse: each point is used at most this often.
+        per_update: samples of one update over all processes and micro-batches.
+        seed: of the run.
+        sampler: rolls out instead of the teacher, and then nothing is free. With the live student this is
+            ESD's on-policy sampling, at most `updates_per_build` updates stale; a run resumes exactly only
+            at multiples of it.
+
+    Raises:
+        UserError: the bank cannot fill one update, or the time rule does not fit the scheduler.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        teacher: Denoiser,
+        conditions: Conditions,
+        sampling: Sampling,
+        *,
+        rollouts: int,
+        reuse: int,
+        per_update: int,
+        seed: int,
+        sampler: Denoiser | None = None,
+    ) -> None:
+        self.family, self.teacher, self.sampler = family, teacher, sampler or teacher
+        self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
+        self.times = times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler))
+        self.rollouts, self.size = rollouts, rollouts * len(self.times.stops)
+        self.updates_per_build = self.size * reuse // per_update
+        if self.updates_per_build < 1:
+            raise UserError(
+                f"a bank of {rollouts} rollouts x {len(self.times.stops)} points used {reuse} times holds "
+                f"less than one update of {per_update} samples; raise rollouts or reuse"
+            )
+        self._built: tuple[int, Points] | None = None
+
+    @torch.no_grad()
+    def points(self, step: int, indices: Sequence[int]) -> Points:
+        """Points of update `step`, built when first needed; see `Source`."""
+        build, within = divmod(step, self.updates_per_build)
+        if self._built is None or self._built[0] != build:
+            self._built = None  # let the old one go before the new one grows
+            self._built = build, self.build(build)
+        points = self._built[1]
+        places = [divmod(within * self.per_update + index, self.size) for index in indices]
+        orders = {turn: self._order(build, turn) for turn in {turn for turn, _ in places}}
+        rows = [int(orders[turn][position]) for turn, position in places]
+        return points[torch.tensor(rows, device=points.x.device)]
+
+    def _order(self, build: int, turn: int) -> Tensor:
+        """The order in which pass `turn` over a build takes its points."""
+        return torch.randperm(self.size, generator=seeding.generator(self.seed, "bank order", build, turn))
+
+    @torch.no_grad()
+    def build(self, build: int) -> Points:
+        """All points of a build (rollouts x points each), float32 on the denoiser's device."""
+        size = max(1, self.sampling.max_batch // 2)
+        starts = range(0, self.rollouts, size)
+        return Points.cat([self._part(build, list(range(i, min(i + size, self.rollouts)))) for i in starts])
+
+    def _part(self, build: int, numbers: Sequence[int]) -> Points:
+        """The points of some rollouts of a build."""
+        prompt = torch.tensor([(build * self.rollouts + r) % len(self.conditions.concept) for r in numbers])
+        noise = seeding.generators(self.seed, "bank noise", build, numbers)
+        path = _roll(self, prompt, noise)
+        stops = list(self.times.stops)
+
+        def points(values: Tensor) -> Tensor:
+            """Rollout by rollout, so that the order does not depend on how many roll out together."""
+            return values[stops].transpose(0, 1).flatten(0, 1)
+
+        labels = [
+            low + seeding.below(source, width)
+            for source in seeding.generators(self.seed, "bank time", build, numbers)
+            for low, width in zip(self.times.low, self.times.width, strict=True)
+        ]
+        free: dict[str, Tensor] = {}
+        if self.times.visited and self.sampler is self.teacher:
+            rolled = "erase_from" if self.conditions.rolled is self.conditions.erase_from else "concept"
+            predictions = {rolled: path.cond, "null": path.null}
+            free = {name: points(values) for name, values in predictions.items() if values is not None}
+        x = points(torch.cat([path.inputs, path.final[None]]))
+        t, prompts = torch.tensor(labels), prompt.repeat_interleave(len(stops))
+        return _complete(self, x, t.to(x.device), prompts.to(x.device), free)
+
+
+def _draw(times: Times, generator: torch.Generator) -> tuple[int, float]:
+    """(choice, time label) of one sample."""
+    k = seeding.below(generator, len(times.stops))
+    return k, times.low[k] + seeding.below(generator, times.width[k])
+
+
+def _roll(source: OnPolicy | Bank, prompt: Tensor, noise: list[torch.Generator], **how: Any) -> Trajectory:
+    """The source's rollout of some prompts (rows of `Conditions.rolled`), from and with this noise."""
+    sampling, conditions = source.sampling, source.conditions
+    return rollout(
+        source.family,
+        source.sampler,
+        source.family.initial_noise(noise),
+        conditions.rolled[prompt],
+        conditions.null,
+        num_steps=sampling.num_steps,
+        guidance_scale=sampling.guidance_scale,
+        scheduler=sampling.scheduler,
+        skip=source.times.skip,
+        generators=noise,
+        max_batch=sampling.max_batch,
+        **how,
+    )
+
+
+def _complete(
+    source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: dict[str, Tensor]
+) -> Points:
+    """Points with the teacher's predictions: those in `free`, and the missing ones in one batch."""
+    c = source.conditions
+    wanted = {"concept": c.concept[prompt], "null": c.null[[0] * len(x)]}
+    if c.erase_from is not None:
+        wanted["erase_from"] = c.erase_from[prompt]
+    missing = [name for name in wanted if name not in free]
+    if missing:
+        asked = [wanted[name] for name in missing]
+        got = predict_many(source.family, source.teacher, x, t, asked, source.sampling.max_batch)
+        free = free | dict(zip(missing, got, strict=True))
+    return Points(x, t, prompt, **free)

@@ -1,0 +1,115 @@
+"""Student and teacher as two views of one model.
+
+The live module is the student. The teacher is the same module called through `torch.func.functional_call`
+with base copies of only the selected tensors, under `no_grad`: no second model, and bit for bit the base's
+outputs at every moment of training, because nothing unselected ever changes. Swapping the *student* in and
+out instead would break under gradient checkpointing (the backward recomputation would run with the wrong
+weights: silently wrong gradients).
+
+Selected tensors become float32 masters whatever the base's precision: at learning rates of 1e-5 a bf16
+weight mostly never moves, the update being under half its last bit. A float32 master inside a bf16 model
+needs autocast around the student's forward pass; the teacher's tensors keep the base's precision and need
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+class Teacher:
+    """The frozen base, callable like the module it is a view of; never records gradients."""
+
+    def __init__(self, module: nn.Module, base: Mapping[str, Tensor]) -> None:
+        self._module, self._base = module, base
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output as it was before training."""
+        return torch.func.functional_call(self._module, dict(self._base), args, kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The module's own configuration."""
+        return self._module.config
+
+
+class Views:
+    """Makes a module trainable in the selected parameters only, and remembers where they started.
+
+    Attributes:
+        student: the live module itself (pass it, or its DDP wrapper, to the optimiser's side).
+        teacher: callable view of the frozen base.
+        base: copies of the selected tensors before training, in their own precision.
+
+    Args:
+        module: the denoiser; changed in place: selected parameters become float32 and require gradients,
+            every other parameter stops requiring them.
+        names: full parameter names of `module`.
+
+    Raises:
+        UserError: no name given, or one that the module does not have.
+    """
+
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        parameters = dict(module.named_parameters())
+        missing = [name for name in self.names if name not in parameters]
+        if missing or not self.names:
+            what = f"{missing[0]!r} is no parameter" if missing else "no parameter is selected"
+            raise UserError(f"{what} of {type(module).__name__}; select names it has")
+        self.student = module
+        self.base = {name: parameters[name].detach().clone() for name in self.names}
+        self._required = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for name in self.names:
+            parameters[name].data = parameters[name].data.float()
+            parameters[name].requires_grad_(True)
+        self.teacher = Teacher(module, self.base)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The live float32 parameters by name, in the order selected."""
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The live float32 parameters, for the optimiser."""
+        return list(self.named_parameters().values())
+
+    @torch.no_grad()
+    def differences(self) -> dict[str, Tensor]:
+        """Student minus base by name, float32 on the CPU: what a checkpoint holds."""
+        return {name: (p - self.base[name].float()).cpu() for name, p in self.named_parameters().items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """The student's float32 tensors by name, copied to the CPU: exactly what a resumed run needs."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the student to what `values()` returned; base + difference would be off by a rounding.
+
+        Raises:
+            UserError: the names are not exactly the selected ones.
+        """
+        if odd := sorted(set(values) ^ set(self.names)):
+            raise UserError(
+                f"the saved state and the selection disagree on {odd[0]!r}; use the same selection"
+            )
+        for name, parameter in self.named_parameters().items():
+            parameter.copy_(values[name])
+
+    def restore(self) -> None:
+        """Puts the base back bit for bit, in its own precision, and every `requires_grad` as it was."""
+        for name, parameter in self.student.named_parameters():
+            if name in self.base:
+                parameter.data = self.base[name].clone()
+                parameter.grad = None
+            parameter.requires_grad_(self._required[name])

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import esd
+from esd import checkpoint
+from esd.checkpoint import CheckpointError, export_official, fingerprint, load, save
+from esd.families import family_of
+from esd.weights import Views
+from tests import tiny
+
+
+def train_and_save(path: Path, pipe: Any = None, expression: str = "esd_x") -> Any:
+    """Moves the selected weights of a tiny pipeline, saves the differences, and returns the moved UNet."""
+    pipe = pipe or tiny.pipeline()
+    family = family_of(pipe)
+    views = Views(pipe.unet, family.select(expression).names)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in views.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    provenance = {
+        "base": {"name": "tiny/sd"},
+        "fingerprint": fingerprint(views.base),
+        "concepts": ["cät 'x'/\n"],
+    }
+    save(path, views.differences(), provenance)
+    return pipe.unet
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "erased.safetensors"
+    train_and_save(path)
+    return path
+
+
+def state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+
+
+def assert_state(pipe: Any, expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in pipe.unet.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def assert_refused(pipe: Any, path: Path, message: str) -> None:
+    """Refused with that message, in one line, and nothing changed."""
+    before = state(pipe)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        esd.apply(pipe, path)
+    assert "\n" not in str(caught.value)
+    assert_state(pipe, before)
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Rewrites a checkpoint through `save` after `change(differences, provenance)`."""
+    old = load(path)
+    change(old.differences, old.provenance)
+    save(path, old.differences, old.provenance)
+
+
+@pytest.mark.parametrize("expression", ["esd_x", "esd_u", "up.self"])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_applying_makes_the_base_the_trained_student(tmp_path: Path, expression: str, size: Any) -> None:
+    student = train_and_save(tmp_path / "erased.safetensors", tiny.pipeline(size=size), expression)
+    pipe = tiny.pipeline(size=size)
+    base = state(pipe)
+    esd.apply(pipe, tmp_path)  # a run directory will do
+    moved = 0
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(pipe.unet.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
+        moved += not torch.equal(tensor, base[name])
+    assert moved == len(load(tmp_path).differences)
+
+
+def test_removing_restores_bit_for_bit(file: Path) -> None:
+    pipe = tiny.pipeline()
+    before = state(pipe)
+    for _ in range(2):
+        esd.apply(pipe, file)
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+        esd.remove(pipe)
+        assert_state(pipe, before)
+
+
+def test_the_context_manager_takes_them_off_on_any_exit(file: Path) -> None:
+    pipe = tiny.pipeline()
+    before = state(pipe)
+    with pytest.raises(KeyboardInterrupt), esd.erased(pipe, file) as worn:
+        assert worn is pipe
+        assert not torch.equal(
+            pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight,
+            before["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"],
+        )
+        raise KeyboardInterrupt
+    assert_state(pipe, before)
+
+
+def test_two_pipelines_do_not_mix(file: Path) -> None:
+    one, other = tiny.pipeline(), tiny.pipeline()
+    esd.apply(one, file)
+    before = state(other)
+    with pytest.raises(CheckpointError, match="wears no"):
+        esd.remove(other)
+    assert_state(other, before)
+    esd.apply(other, file)
+    assert_state(other, state(one))
+
+
+def test_applying_twice_is_refused(file: Path) -> None:
+    pipe = tiny.pipeline()
+    esd.apply(pipe, file)
+    assert_refused(pipe, file, "already wears")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_base_in_half_precision_is_accepted(file: Path, dtype: torch.dtype) -> None:
+    pipe = tiny.pipeline().to(dtype)
+    before = state(pipe)
+    esd.apply(pipe, file)
+    assert pipe.unet.dtype == dtype
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+    esd.remove(pipe)
+    assert_state(pipe, before)
+
+
+@pytest.mark.parametrize("trained", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("used", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_was_trained_in_half_precision_fits_every_copy(tmp_path: Path, trained: Any, used: Any) -> None:
+    train_and_save(tmp_path / "erased.safetensors", tiny.pipeline().to(trained))
+    esd.apply(tiny.pipeline().to(used), tmp_path)
+    esd.apply(tiny.pipeline().to(trained).to(used), tmp_path)  # rounded twice
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_fine_tune_of_the_base_is_refused(file: Path, dtype: torch.dtype) -> None:
+    pipe = tiny.pipeline()
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter += 3e-3 * parameter.std() * torch.randn_like(parameter)
+    assert_refused(pipe.to(dtype), file, "another base.*tiny/sd")
+
+
+def test_another_model_of_the_same_architecture_is_refused(file: Path) -> None:
+    assert_refused(tiny.pipeline(seed=1), file, "another base")
+
+
+def test_another_architecture_is_refused(file: Path, tmp_path: Path) -> None:
+    assert_refused(tiny.pipeline(size="large"), file, "shape|does not have")
+    train_and_save(tmp_path / "large.safetensors", tiny.pipeline(size="large"))
+    assert_refused(tiny.pipeline(), tmp_path / "large.safetensors", "does not have|shape")
+
+
+def test_unknown_keys_are_refused(file: Path) -> None:
+    def rename(differences: dict, provenance: dict) -> None:
+        name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        differences[f"unet.{name}"] = differences.pop(name)
+        provenance["fingerprint"][f"unet.{name}"] = provenance["fingerprint"].pop(name)
+
+    rewrite(file, rename)
+    assert_refused(tiny.pipeline(), file, r"does not have; nearest: mid_block.*to_k\.weight")
+
+
+def test_wrong_shapes_are_refused(file: Path) -> None:
+    def transpose(differences: dict, provenance: dict) -> None:
+        name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        differences[name] = differences[name][:, :3]
+
+    rewrite(file, transpose)
+    assert_refused(tiny.pipeline(), file, r"shape \(16, 3\), the model's is \(16, 16\)")
+
+
+def test_a_damaged_file_is_refused(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    damaged = tmp_path / "damaged.safetensors"
+    flipped = bytearray(whole)
+    flipped[-5] ^= 16
+    for content, message in (
+        (whole[:-10], "cannot be read"),
+        (whole[:40], "cannot be read"),
+        (b"", "cannot be read"),
+        (b"not a checkpoint at all", "cannot be read"),
+        (bytes(flipped), "damaged"),
+    ):
+        damaged.write_bytes(content)
+        assert_refused(tiny.pipeline(), damaged, message)
+
+
+def test_other_safetensors_are_refused(tmp_path: Path) -> None:
+    save_file(tiny.pipeline().unet.state_dict(), tmp_path / "erased.safetensors", metadata={"format": "pt"})
+    assert_refused(tiny.pipeline(), tmp_path, "format 'pt'")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert_refused(tiny.pipeline(), tmp_path / "none.safetensors", "none.safetensors")
+    assert_refused(tiny.pipeline(), tmp_path, "erased.safetensors")
+
+
+def test_what_was_saved_comes_back(file: Path) -> None:
+    loaded = load(file)
+    assert loaded.provenance["concepts"] == ["cät 'x'/\n"]
+    assert all(d.dtype == torch.float32 for d in loaded.differences.values())
+    assert set(loaded.provenance["fingerprint"]) == set(loaded.differences)
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata()["format"] == "esd-difference-v1"
+        assert json.loads(handle.metadata()["provenance"]) == loaded.provenance
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_rest(file: Path, monkeypatch: Any) -> None:
+    before = file.read_bytes()
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    loaded = load(file)
+    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(file, loaded.differences, loaded.provenance)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_checkpoint_without_its_fingerprint_is_not_written(file: Path) -> None:
+    loaded = load(file)
+    with pytest.raises(ValueError, match="fingerprint"):
+        save(file, loaded.differences, {})
+    with pytest.raises(ValueError, match="differences"):
+        save(file, {}, {"fingerprint": {}})
+
+
+def test_a_fingerprint_is_small_and_sees_every_tensor() -> None:
+    tensors = {"a": torch.randn(100, 100), "b": torch.randn(3), "c": torch.randn(1, 1).bfloat16()}
+    prints = fingerprint(tensors)
+    assert len(json.dumps(prints)) < 600
+    changed = copy.deepcopy(tensors)
+    changed["b"][1] += 1e-6
+    assert [name for name in tensors if prints[name] != fingerprint(changed)[name]] == ["b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_official_export_loads_with_stock_tools(file: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    out = tmp_path / "official.safetensors"
+    export_official(file, tiny.pipeline().to(dtype), out)
+    stock, ours = tiny.pipeline().to(dtype), tiny.pipeline().to(dtype)
+    weights = load_file(out)
+    assert not stock.unet.load_state_dict(weights, strict=False).unexpected_keys
+    assert set(weights) == set(load(file).differences)
+    esd.apply(ours, file)
+    assert_state(stock, state(ours))
+    with pytest.raises(CheckpointError, match="wears erased weights"):
+        export_official(file, ours, out)
+
+
+def test_importing_esd_loads_nothing_heavy() -> None:
+    heavy = "sorted({'torch', 'diffusers', 'hydra'} & set(sys.modules))"
+    code = f"import sys, esd; print({heavy}, esd.apply.__name__)"
+    root = Path(__file__).parents[1]
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=root) == "[] apply\n"
+
+
+def test_unknown_names_of_the_package_are_an_error() -> None:
+    with pytest.raises(AttributeError, match="aply"):
+        esd.aply  # noqa: B018

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esd.errors import UserError
+from esd.families import Family, family_of
+from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling
+from esd.weights import Views
+from tests import tiny
+
+PROMPTS = ["a cat", "cat in mosaic style", "photo of a cat"]
+FROM = ["a dog", "dog in mosaic style", "photo of a dog"]
+
+
+class Counting:
+    """A denoiser that counts the rows it evaluates."""
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.rows, self.calls, self.largest = family, 0, 0, 0
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.rows, self.calls, self.largest = self.rows + len(x), self.calls + 1, max(self.largest, len(x))
+        return self.family.denoiser(x, *args, **kwargs)
+
+
+def conditions(family: Family, **more: Any) -> Conditions:
+    return Conditions(family.encode(PROMPTS), family.encode([""]), **more)
+
+
+def sampling(**more: Any) -> Sampling:
+    return Sampling(**{"num_steps": 4, "scheduler": "ddim", **more})
+
+
+def bank(family: Family, c: Conditions, s: Sampling, teacher: Any = None, **more: Any) -> Bank:
+    how = {"rollouts": 6, "reuse": 2, "per_update": 8, "seed": 5, **more}
+    return Bank(family, teacher or family.denoiser, c, s, **how)
+
+
+def on_policy(family: Family, c: Conditions, s: Sampling, sampler: Any = None, **more: Any) -> OnPolicy:
+    how = {"per_update": 8, "seed": 5, **more}
+    return OnPolicy(family, family.denoiser, sampler or family.denoiser, c, s, **how)
+
+
+def assert_complete(family: Family, points: Points, c: Conditions) -> None:
+    """Every prediction is the teacher's own at (x, t), for the point's own prompt."""
+    expected = {"concept": c.concept, "null": c.null.repeat(len(c.concept)), "erase_from": c.erase_from}
+    for name, rows in expected.items():
+        got = getattr(points, name)
+        if rows is None:
+            assert got is None
+            continue
+        with torch.no_grad():
+            direct = family.predict(family.denoiser, points.x, points.t, rows[points.prompt])
+        torch.testing.assert_close(got, direct, atol=2e-5, rtol=1e-3)
+
+
+def same(a: Points, b: Points, **tolerance: float) -> None:
+    for name in ("x", "t", "prompt", "concept", "null"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), **tolerance)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"guidance_scale": 1.0},
+    {"scheduler": "euler"},
+    {"scheduler": "pndm"},
+    {"scheduler": "heun"},
+    {"scheduler": "euler_a"},
+    {"time_rule": "index", "scheduler": "pndm"},
+    {"time_rule": "compvis"},
+    {"time_rule": "alt"},
+    {"max_batch": 3},
+]
+
+
+def check_both_sources(family: Family, case: dict[str, Any], with_from: bool) -> None:
+    c = conditions(family, erase_from=family.encode(FROM) if with_from else None)
+    for source in (bank(family, c, sampling(**case)), on_policy(family, c, sampling(**case))):
+        points = source.points(3, range(8))
+        assert len(points) == 8
+        assert points.x.shape == (8, *family.sample_shape)
+        assert points.x.dtype == torch.float32
+        assert set(points.prompt.tolist()) <= {0, 1, 2}
+        assert_complete(family, points, c)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("with_from", [False, True])
+def test_points_of_both_sources_are_complete(tiny_family: Family, case: dict, with_from: bool) -> None:
+    check_both_sources(tiny_family, case, with_from)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_so_they_are_for_a_larger_v_predicting_model(tiny_v_family: Family, scheduler: str) -> None:
+    check_both_sources(tiny_v_family, {"scheduler": scheduler}, with_from=True)
+
+
+def test_a_bank_gets_both_predictions_for_nothing(tiny_family: Family) -> None:
+    teacher = Counting(tiny_family)
+    source = bank(tiny_family, conditions(tiny_family), sampling(), teacher)
+    for step in range(source.updates_per_build):
+        source.points(step, range(8))
+    assert source.size == 24
+    assert source.updates_per_build == 6
+    assert teacher.rows == 2 * 24  # one guided rollout per trajectory, and not a call more
+
+
+@pytest.mark.parametrize(
+    ("case", "erase", "rows"),
+    [
+        ({"guidance_scale": 1.0}, False, 2),  # concept free, null computed
+        ({}, True, 3),  # erase_from and null free, concept computed
+        ({"time_rule": "alt"}, False, None),  # jittered labels: nothing is free
+    ],
+)
+def test_what_a_bank_must_still_compute(
+    tiny_family: Family, case: dict, erase: bool, rows: int | None
+) -> None:
+    teacher = Counting(tiny_family)
+    c = conditions(tiny_family, erase_from=tiny_family.encode(FROM) if erase else None)
+    source = bank(tiny_family, c, sampling(**case), teacher)
+    source.points(0, range(8))
+    assert teacher.rows == (rows * 24 if rows else 2 * 24 + 2 * source.size)
+
+
+def test_a_bank_uses_every_point_at_most_reuse_times(tiny_family: Family) -> None:
+    source = bank(tiny_family, conditions(tiny_family), sampling(), per_update=7, reuse=3)
+    used = Counter(
+        tuple(x.flatten()[:4].tolist())
+        for step in range(source.updates_per_build)
+        for x in source.points(step, range(7)).x
+    )
+    assert source.updates_per_build == 24 * 3 // 7
+    assert len(used) == 24
+    assert max(used.values()) == 3
+
+
+def test_a_bank_is_rebuilt_when_used_up_and_goes_round_the_prompts(tiny_family: Family) -> None:
+    source = bank(tiny_family, conditions(tiny_family), sampling(), rollouts=2, reuse=1)
+    first, second = source.points(0, range(8)), source.points(1, range(8))
+    assert set(first.prompt.tolist()) == {0, 1}
+    assert set(second.prompt.tolist()) == {2, 0}
+    assert not torch.equal(first.x.sort(0).values, second.x.sort(0).values)
+
+
+def test_a_bank_that_cannot_fill_an_update_says_so(tiny_family: Family) -> None:
+    with pytest.raises(UserError, match="raise rollouts or reuse"):
+        bank(tiny_family, conditions(tiny_family), sampling(), rollouts=1, reuse=1)
+
+
+@pytest.mark.parametrize("make", [bank, on_policy])
+def test_a_resumed_run_replays_its_draws(tiny_family: Family, make: Any) -> None:
+    c = conditions(tiny_family)
+    for case in ({}, {"time_rule": "compvis"}, {"scheduler": "euler_a"}):
+        through, resumed = make(tiny_family, c, sampling(**case)), make(tiny_family, c, sampling(**case))
+        for step in range(7):
+            points = through.points(step, range(8))
+        same(points, resumed.points(6, range(8)), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("make", [bank, on_policy])
+def test_shards_of_an_update_are_those_of_the_whole(tiny_family: Family, make: Any) -> None:
+    c = conditions(tiny_family)
+    for case in ({}, {"time_rule": "compvis"}, {"scheduler": "euler_a"}):
+        source = make(tiny_family, c, sampling(**case))
+        whole = source.points(2, range(8))
+        same(source.points(2, [6, 3, 4]), whole[[6, 3, 4]], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [bank, on_policy])
+def test_another_seed_draws_other_points(tiny_family: Family, make: Any) -> None:
+    c = conditions(tiny_family)
+    one, other = (make(tiny_family, c, sampling(), seed=seed).points(0, range(8)) for seed in (1, 2))
+    assert not torch.equal(one.x, other.x)
+
+
+@pytest.mark.parametrize("make", [bank, on_policy])
+def test_every_time_is_drawn(tiny_family: Family, make: Any) -> None:
+    source = make(tiny_family, conditions(tiny_family), sampling(num_steps=3))
+    drawn = Counter(t for step in range(6) for t in source.points(step, range(8)).t.tolist())
+    assert sorted(drawn) == sorted(tiny_family.scheduler(3, "ddim").timesteps.float().tolist())
+
+
+def test_compvis_labels_fill_their_bins(tiny_family: Family) -> None:
+    source = on_policy(tiny_family, conditions(tiny_family), sampling(time_rule="compvis"))
+    labels = torch.cat([source.points(step, range(8)).t for step in range(6)])
+    assert labels.min() >= 0
+    assert labels.max() < 1000
+    assert len(labels.unique()) > 40  # not just the four visited times
+
+
+def test_max_batch_bounds_every_call_and_changes_nothing(tiny_family: Family) -> None:
+    for case in ({}, {"time_rule": "compvis"}):
+        c, teacher = conditions(tiny_family), Counting(tiny_family)
+        cut = bank(tiny_family, c, sampling(**case, max_batch=3), teacher)
+        plain = bank(tiny_family, c, sampling(**case))
+        same(cut.points(1, range(8)), plain.points(1, range(8)), atol=1e-4, rtol=1e-3)
+        assert teacher.largest <= 3
+
+
+def test_a_student_that_moved_changes_where_points_are_but_not_what_the_teacher_says() -> None:
+    family = family_of(tiny.pipeline())
+    views = Views(family.denoiser, family.select("esd_x").names)
+    c = conditions(family)
+    before = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(
+        0, range(8)
+    )
+    with torch.no_grad():
+        for parameter in views.parameters():
+            parameter.mul_(1.5)
+    after = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(
+        0, range(8)
+    )
+    frozen = OnPolicy(family, views.teacher, views.teacher, c, sampling(), per_update=8, seed=5).points(
+        0, range(8)
+    )
+    same(before, frozen, atol=0, rtol=0)
+    assert torch.equal(before.t, after.t)
+    assert not torch.equal(before.x, after.x)
+    fresh = family_of(tiny.pipeline())
+    assert_complete(fresh, after, c)
+
+
+def test_a_bank_rolled_out_by_the_student_asks_the_teacher() -> None:
+    family = family_of(tiny.pipeline())
+    views = Views(family.denoiser, family.select("esd_x").names)
+    c = conditions(family)
+    with torch.no_grad():
+        for parameter in views.parameters():
+            parameter.mul_(1.5)
+    source = Bank(
+        family, views.teacher, c, sampling(), rollouts=2, reuse=2, per_update=8, seed=5, sampler=views.student
+    )
+    assert_complete(family_of(tiny.pipeline()), source.points(0, range(8)), c)
+
+
+def test_rollouts_follow_the_prompt_erased_from_unless_told_otherwise(tiny_family: Family) -> None:
+    both = {"erase_from": tiny_family.encode(FROM)}
+    usual, alt = conditions(tiny_family, **both), conditions(tiny_family, **both, sample_with="concept")
+    plain = conditions(tiny_family)
+    points = {name: bank(tiny_family, c, sampling()).points(0, range(8)) for name, c in
+              (("usual", usual), ("alt", alt), ("plain", plain))}  # fmt: skip
+    assert torch.equal(points["alt"].x, points["plain"].x)
+    assert not torch.equal(points["usual"].x, points["plain"].x)
+    for c, name in ((usual, "usual"), (alt, "alt")):
+        assert_complete(tiny_family, points[name], c)
+        assert c.student is c.erase_from
+
+
+def test_the_anchor_is_the_prompt_erased_from_else_what_the_objective_names() -> None:
+    a, b, c = (torch.full((2, 4, 3, 3), value) for value in (1.0, 2.0, 3.0))
+    points = Points(a, torch.zeros(2), torch.zeros(2, dtype=torch.long), concept=a, null=b)
+    assert points.anchor("null") is b
+    assert points.anchor("concept") is a
+    assert Points(a, points.t, points.prompt, a, b, erase_from=c).anchor("null") is c
+
+
+def test_points_can_be_cut_and_joined() -> None:
+    x = torch.randn(4, 4, 3, 5)
+    points = Points(x, torch.arange(4.0), torch.arange(4), x + 1, x + 2)
+    joined = Points.cat([points[:1], points[[3, 1]]])
+    assert joined.t.tolist() == [0, 3, 1]
+    assert torch.equal(joined.null, x[[0, 3, 1]] + 2)
+    assert joined.erase_from is None
+
+
+def test_bf16_autocast_gives_float32_points_near_the_float32_ones(tiny_family: Family) -> None:
+    c = conditions(tiny_family)
+    exact = bank(tiny_family, c, sampling()).points(0, range(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = bank(tiny_family, c, sampling()).points(0, range(8))
+    assert rough.x.dtype == rough.concept.dtype == torch.float32
+    torch.testing.assert_close(rough.concept, exact.concept, atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_steps": 0}, {"guidance_scale": float("nan")}, {"time_rule": "all"}, {"max_batch": 1}]
+)
+def test_sampling_names_the_value_it_refuses(wrong: dict) -> None:
+    with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
+        Sampling(**wrong)
