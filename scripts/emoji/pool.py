@@ -1,0 +1,71 @@
+"""A pool of drawn pages, made once and shared by every stage: pictures, and what each shows.
+
+python scripts/emoji/pool.py                # -> data/emoji/pool.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from catalogue import STYLES, THINGS
+from drawings import DATA
+from pages import Drawings, Page, draw_page, held_out_pairs, random_page
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pages as arrays: images uint8 (n, 64, 64, 3); first, second (-1 where there is one thing), style int16 (n,)."""
+
+    images: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    style: np.ndarray
+
+    @staticmethod
+    def load(path: Path) -> Pool:
+        """Return the pool stored at `path`."""
+        with np.load(path) as stored:
+            return Pool(**{name: stored[name] for name in ("images", "first", "second", "style")})
+
+    def page(self, index: int) -> Page:
+        """Return what page `index` shows."""
+        second = int(self.second[index])
+        return Page((int(self.first[index]),) + ((second,) if second >= 0 else ()), int(self.style[index]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def build(drawings: Drawings, *, variants: int, scenes: int, seed: int) -> Pool:
+    """Draw `variants` pages of every trained (thing, style) pair and `scenes` pages of two things."""
+    unseen = held_out_pairs()
+    pairs = [(t, s) for t in range(len(THINGS)) for s in range(len(STYLES)) if (t, s) not in unseen]
+    pages = [Page((thing,), style) for thing, style in pairs for _ in range(variants)]
+    rng = np.random.default_rng(seed)
+    pages += [random_page(rng, scenes=1.0, unseen=unseen) for _ in range(scenes)]
+    images = np.stack([draw_page(drawings, page, np.random.default_rng((seed, i))) for i, page in enumerate(pages)])
+    columns = np.array([(*(*p.things, -1)[:2], p.style) for p in pages], np.int16)
+    return Pool(images, columns[:, 0], columns[:, 1], columns[:, 2])
+
+
+def main() -> None:
+    """Draw the pool and publish it by renaming."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--variants", type=int, default=16)
+    parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pool = build(Drawings(args.data / "drawings.npz"), variants=args.variants, scenes=args.scenes, seed=args.seed)
+    partial = args.data / "pool.part.npz"
+    np.savez(partial, images=pool.images, first=pool.first, second=pool.second, style=pool.style)
+    os.replace(partial, args.data / "pool.npz")
+    print(f"{len(pool)} pages are in {args.data / 'pool.npz'}")
+
+
+if __name__ == "__main__":
+    main()
