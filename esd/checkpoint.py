@@ -97,9 +97,7 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
         ValueError: no difference, or one without a fingerprint.
     """
     if not differences or set(differences) != set(provenance.get("fingerprint", ())):
-        raise ValueError(
-            "a checkpoint needs differences, and provenance['fingerprint'] for exactly those tensors"
-        )
+        raise ValueError("a checkpoint needs differences, and provenance['fingerprint'] for exactly those tensors")
     tensors = {name: d.detach().to("cpu", torch.float32).contiguous() for name, d in differences.items()}
     header = {
         "format": FORMAT,
@@ -120,8 +118,7 @@ def load(path: str | Path) -> Erased:
         file = file / FILE_NAME
     if not file.is_file():
         raise CheckpointError(
-            f"checkpoint is {str(path)!r}; there is no file {file.name!r} there; give a file or a run "
-            "directory"
+            f"checkpoint is {str(path)!r}; there is no file {file.name!r} there; give a file or a run directory"
         )
     try:
         with safe_open(file, framework="pt") as handle:
@@ -138,9 +135,7 @@ def load(path: str | Path) -> Erased:
     same_names = set(provenance.get("fingerprint", ())) == set(differences)
     intact = same_names and header.get("sha256") == _digest(differences)
     if not intact:
-        raise CheckpointError(
-            f"{str(path)!r} is damaged: the checksum does not match; copy or train it again"
-        )
+        raise CheckpointError(f"{str(path)!r} is damaged: the checksum does not match; copy or train it again")
     return Erased(differences, provenance, file)
 
 
@@ -233,14 +228,8 @@ def _fitting(checkpoint: Erased, denoiser: nn.Module) -> dict[str, nn.Parameter]
     for name, difference in checkpoint.differences.items():
         if name not in parameters:
             near = get_close_matches(name, parameters, n=1, cutoff=0.8)
-            hint = (
-                f"; nearest: {near[0]} (unload adapters first)"
-                if near
-                else "; it is for another architecture"
-            )
-            raise CheckpointError(
-                f"{file} holds {name!r}, which {type(denoiser).__name__} does not have{hint}"
-            )
+            hint = f"; nearest: {near[0]} (unload adapters first)" if near else "; it is for another architecture"
+            raise CheckpointError(f"{file} holds {name!r}, which {type(denoiser).__name__} does not have{hint}")
         if parameters[name].shape != difference.shape:
             raise CheckpointError(
                 f"{file} holds {name!r} of shape {tuple(difference.shape)}, the model's is "
@@ -302,9 +291,7 @@ def _denoiser(pipe: Any) -> nn.Module:
         return pipe
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if not isinstance(denoiser, nn.Module):
-        raise CheckpointError(
-            f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusers pipeline"
-        )
+        raise CheckpointError(f"{type(pipe).__name__} has neither a unet nor a transformer; give a diffusers pipeline")
     return denoiser
 
 

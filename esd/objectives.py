@@ -37,9 +37,7 @@ Anchor = Literal["null", "concept"]
 Weighting = Literal["native", "eps", "v", "x0", "min_snr"]
 
 MIN_SNR_GAMMA = 5.0
-_SMALLEST = (
-    1e-12  # α² of a zero-terminal-SNR schedule is 0 at t = T; every limit we need is finite above this
-)
+_SMALLEST = 1e-12  # α² of a zero-terminal-SNR schedule is 0 at t = T; every limit we need is finite above this
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class Objective:
     def __post_init__(self) -> None:
         for field, allowed in (("anchor", get_args(Anchor)), ("weighting", get_args(Weighting))):
             if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"objective.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}"
-                )
+                raise UserError(f"objective.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise UserError(f"objective.eta is {self.eta}; it must be a finite number >= 0, such as 1")
 

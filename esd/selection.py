@@ -96,17 +96,12 @@ class Selection:
     @property
     def summary(self) -> str:
         """One line: the expression, the number of tensors and values, the share."""
-        return (
-            f"{self.expression}: {len(self.names)} tensors, {self.numel:,} values, "
-            f"{self.share:.1%} of {self.model}"
-        )
+        return f"{self.expression}: {len(self.names)} tensors, {self.numel:,} values, {self.share:.1%} of {self.model}"
 
     def describe(self) -> str:
         """The summary and, below it, one line for each stack and part."""
         width = max(len(role) for role, _, _ in self.table)
-        rows = [
-            f"  {role:<{width}}  {tensors:>5} tensors  {numel:>13,}" for role, tensors, numel in self.table
-        ]
+        rows = [f"  {role:<{width}}  {tensors:>5} tensors  {numel:>13,}" for role, tensors, numel in self.table]
         return "\n".join([self.summary, *rows])
 
 
@@ -127,9 +122,7 @@ def resolve(
     names = _Parser(expression, infos, presets, model_name).parse()
     chosen = [info for info in infos if info.name in names]
     if not chosen:
-        raise SelectionError(
-            f"selection {expression!r} leaves nothing of {model_name}; remove a '-' or '&' term"
-        )
+        raise SelectionError(f"selection {expression!r} leaves nothing of {model_name}; remove a '-' or '&' term")
     numel = sum(info.numel for info in chosen)
     table: dict[str, tuple[int, int]] = {}
     for info in chosen:
@@ -252,9 +245,7 @@ class _Parser:
         return [info for info in found if info.index is not None and low <= info.index < high]
 
     def malformed(self, why: str) -> SelectionError:
-        return SelectionError(
-            f"selection {self.expression!r} cannot be read: {why}; example: 'cross.k + cross.v'"
-        )
+        return SelectionError(f"selection {self.expression!r} cannot be read: {why}; example: 'cross.k + cross.v'")
 
     def nothing(self, token: str, word: str | None = None) -> SelectionError:
         """The error for a pattern without a match, with what comes nearest to it."""

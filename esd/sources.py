@@ -140,9 +140,7 @@ class Sampling:
         if self.num_steps < 1:
             raise UserError(f"num_steps is {self.num_steps}; it must be at least 1, such as 50")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise UserError(
-                f"guidance_scale is {self.guidance_scale}; it must be a finite number >= 0, such as 3"
-            )
+            raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number >= 0, such as 3")
         if self.time_rule not in get_args(TimeRule):
             raise UserError(f"time_rule is {self.time_rule!r}; allowed: {', '.join(get_args(TimeRule))}")
         if self.max_batch < 2:
@@ -323,9 +321,7 @@ def _roll(source: OnPolicy | Bank, prompt: Tensor, noise: list[torch.Generator],
     )
 
 
-def _complete(
-    source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: dict[str, Tensor]
-) -> Points:
+def _complete(source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: dict[str, Tensor]) -> Points:
     """Points with the teacher's predictions: those in `free`, and the missing ones in one batch."""
     c = source.conditions
     wanted = {"concept": c.concept[prompt], "null": c.null[[0] * len(x)]}

@@ -44,9 +44,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON, whole or not at all; nan and infinity are refused."""
     with atomic(path) as staged:
-        staged.write_text(
-            json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        staged.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,8 @@ def save_state(folder: Path, state: State) -> None:
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             staged / f"{group}.safetensors",
         )
-    (staged / "state.json").write_text(
-        json.dumps({"step": state.step, "facts": state.facts}, allow_nan=False)
-    )
-    sizes = {
-        path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(staged.iterdir())
-    }
+    (staged / "state.json").write_text(json.dumps({"step": state.step, "facts": state.facts}, allow_nan=False))
+    sizes = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(staged.iterdir())}
     (staged / MANIFEST).write_text(json.dumps(sizes, indent=2))
     for path in (*staged.iterdir(), staged):
         _flush(path)

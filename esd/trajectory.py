@@ -91,9 +91,7 @@ def rollout(
     stops = torch.as_tensor(len(times_left) if stop is None else stop).expand(len(x_T))
     low, high = int(stops.min()), int(stops.max())
     if low < 0 or high > len(times_left) or (keep == "all" and low != high):
-        raise ValueError(
-            f"stop is {stop}; allowed: 0 to {len(times_left)}, the same for all samples with keep='all'"
-        )
+        raise ValueError(f"stop is {stop}; allowed: 0 to {len(times_left)}, the same for all samples with keep='all'")
     guided = guidance_scale != 1
     conditionings = [null[[0] * len(x_T)] if len(null) == 1 else null, cond] if guided else [cond]
     takes_noise = generators is not None and "generator" in inspect.signature(solver.step).parameters
@@ -238,14 +236,10 @@ def times(rule: TimeRule, solver: Any) -> Times:
     if rule == "compvis":
         edges = [round(m / n * total) for m in range(n + 1)]
         widths = tuple(high - low for low, high in pairwise(edges))
-        return Times(
-            tuple(min(n - 1, n - m) for m in range(n)), tuple(map(float, edges[:-1])), widths, 1, False
-        )
+        return Times(tuple(min(n - 1, n - m) for m in range(n)), tuple(map(float, edges[:-1])), widths, 1, False)
     stops = range(1, n - 1)
     top = total - 1 + int(config.steps_offset)
-    return Times(
-        tuple(stops), tuple(float(top - int(k / n * total)) for k in stops), (1,) * len(stops), 0, False
-    )
+    return Times(tuple(stops), tuple(float(top - int(k / n * total)) for k in stops), (1,) * len(stops), 0, False)
 
 
 def _first_stages(solver: Any) -> list[int]:

@@ -100,9 +100,7 @@ class Views:
             UserError: the names are not exactly the selected ones.
         """
         if odd := sorted(set(values) ^ set(self.names)):
-            raise UserError(
-                f"the saved state and the selection disagree on {odd[0]!r}; use the same selection"
-            )
+            raise UserError(f"the saved state and the selection disagree on {odd[0]!r}; use the same selection")
         for name, parameter in self.named_parameters().items():
             parameter.copy_(values[name])
 

@@ -133,9 +133,7 @@ def test_every_parameter_has_a_role(any_family: Family) -> None:
 
 
 def test_only_words_the_tokenizer_spells_out_are_unknown(tiny_family: Family) -> None:
-    assert tiny_family.unknown_words(["a photo of the Cat, in mosaic style", "a zebra", "zebra dog"]) == [
-        "zebra"
-    ]
+    assert tiny_family.unknown_words(["a photo of the Cat, in mosaic style", "a zebra", "zebra dog"]) == ["zebra"]
     assert tiny_family.unknown_words([""]) == []
 
 

@@ -118,9 +118,7 @@ def test_a_bank_gets_both_predictions_for_nothing(tiny_family: Family) -> None:
         ({"time_rule": "alt"}, False, None),  # jittered labels: nothing is free
     ],
 )
-def test_what_a_bank_must_still_compute(
-    tiny_family: Family, case: dict, erase: bool, rows: int | None
-) -> None:
+def test_what_a_bank_must_still_compute(tiny_family: Family, case: dict, erase: bool, rows: int | None) -> None:
     teacher = Counting(tiny_family)
     c = conditions(tiny_family, erase_from=tiny_family.encode(FROM) if erase else None)
     source = bank(tiny_family, c, sampling(**case), teacher)
@@ -207,18 +205,12 @@ def test_a_student_that_moved_changes_where_points_are_but_not_what_the_teacher_
     family = family_of(tiny.pipeline())
     views = Views(family.denoiser, family.select("esd_x").names)
     c = conditions(family)
-    before = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(
-        0, range(8)
-    )
+    before = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(0, range(8))
     with torch.no_grad():
         for parameter in views.parameters():
             parameter.mul_(1.5)
-    after = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(
-        0, range(8)
-    )
-    frozen = OnPolicy(family, views.teacher, views.teacher, c, sampling(), per_update=8, seed=5).points(
-        0, range(8)
-    )
+    after = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(0, range(8))
+    frozen = OnPolicy(family, views.teacher, views.teacher, c, sampling(), per_update=8, seed=5).points(0, range(8))
     same(before, frozen, atol=0, rtol=0)
     assert torch.equal(before.t, after.t)
     assert not torch.equal(before.x, after.x)

@@ -36,9 +36,7 @@ def stock_latents(family: Family, scheduler: str, prompts: list[str], **call: An
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++", "pndm", "heun", "unipc", "lms"])
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
-def test_final_latents_are_the_stock_pipelines(
-    any_family: Family, scheduler: str, guidance_scale: float
-) -> None:
+def test_final_latents_are_the_stock_pipelines(any_family: Family, scheduler: str, guidance_scale: float) -> None:
     x = any_family.initial_noise(generators(1, 2, 3))
     expected = stock_latents(any_family, scheduler, PROMPTS, guidance_scale=guidance_scale, latents=x)
     path = roll(any_family, x, PROMPTS, scheduler=scheduler, guidance_scale=guidance_scale)
@@ -48,9 +46,7 @@ def test_final_latents_are_the_stock_pipelines(
 
 @pytest.mark.parametrize("scheduler", ["euler_a", "ddpm"])
 def test_stochastic_samplers_draw_what_the_stock_pipeline_draws(tiny_family: Family, scheduler: str) -> None:
-    expected = stock_latents(
-        tiny_family, scheduler, PROMPTS, guidance_scale=3.0, generator=generators(1, 2, 3)
-    )
+    expected = stock_latents(tiny_family, scheduler, PROMPTS, guidance_scale=3.0, generator=generators(1, 2, 3))
     noise = generators(1, 2, 3)
     path = roll(tiny_family, tiny_family.initial_noise(noise), PROMPTS, scheduler=scheduler, generators=noise)
     torch.testing.assert_close(path.final, expected, atol=1e-4, rtol=1e-4)
@@ -70,13 +66,7 @@ def test_every_point_holds_what_the_denoiser_got_and_said(any_family: Family, sc
     path = roll(family, family.initial_noise(generators(1, 2)), PROMPTS[:2], scheduler=scheduler)
     solver = family.scheduler(5, scheduler)
     n = len(solver.timesteps)
-    assert (
-        path.inputs.shape
-        == path.latents.shape
-        == path.cond.shape
-        == path.null.shape
-        == (n, 2, *family.sample_shape)
-    )
+    assert path.inputs.shape == path.latents.shape == path.cond.shape == path.null.shape == (n, 2, *family.sample_shape)
     assert torch.equal(path.t, solver.timesteps[:, None].expand(n, 2).to(path.t))
     for i in range(n):
         scaled = family.model_input(solver, path.latents[i], solver.timesteps[i])
@@ -90,9 +80,7 @@ def test_every_point_holds_what_the_denoiser_got_and_said(any_family: Family, sc
             torch.testing.assert_close(said[i], direct, atol=1e-5, rtol=1e-4)
         guided = path.null[i] + 3.0 * (path.cond[i] - path.null[i])
         after = solver.step(guided, solver.timesteps[i], path.latents[i], return_dict=False)[0]
-        torch.testing.assert_close(
-            after, path.latents[i + 1] if i + 1 < n else path.final, atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(after, path.latents[i + 1] if i + 1 < n else path.final, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "pndm", "dpm++"])
@@ -219,9 +207,7 @@ def test_alt_rule_relabels_x_nineteen_above_its_level(tiny_family: Family) -> No
     rule = times("alt", solver)
     assert rule.stops == tuple(range(1, 49))
     assert rule.low == tuple(float(1000 - 20 * k) for k in range(1, 49))
-    assert {label - float(solver.timesteps[k]) for k, label in zip(rule.stops, rule.low, strict=True)} == {
-        19.0
-    }
+    assert {label - float(solver.timesteps[k]) for k, label in zip(rule.stops, rule.low, strict=True)} == {19.0}
 
 
 def test_rules_that_relabel_need_ddim(tiny_family: Family) -> None:

@@ -80,9 +80,7 @@ def load_pipeline(
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path is {str(path)!r}, which could not be loaded as a pipeline: {reason}"
-        ) from error
+        raise UserError(f"model.path is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

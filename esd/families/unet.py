@@ -135,9 +135,7 @@ class StableDiffusion(Family):
             # latents are not confined to [-1, 1]: DDIM's and DDPM's default would clip them
             scheduler = kind.from_config(config, **({"clip_sample": False} if takes_clip else {}))
         else:
-            raise UserError(
-                f"scheduler is {name!r}; allowed: {', '.join(SCHEDULERS)}, or none for the model's own"
-            )
+            raise UserError(f"scheduler is {name!r}; allowed: {', '.join(SCHEDULERS)}, or none for the model's own")
         scheduler.set_timesteps(num_steps, device=self.device)
         return scheduler
 
@@ -187,9 +185,7 @@ class StableDiffusion(Family):
 def parameter_infos(unet: nn.Module) -> list[ParameterInfo]:
     """The role of every parameter of a `UNet2DConditionModel`, in the model's order."""
     kinds = {
-        f"{module_name}.{name}".lstrip("."): next(
-            (k for kind, k in _KINDS if isinstance(module, kind)), "other"
-        )
+        f"{module_name}.{name}".lstrip("."): next((k for kind, k in _KINDS if isinstance(module, kind)), "other")
         for module_name, module in unet.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
@@ -214,9 +210,7 @@ def _role(name: str) -> dict[str, Any]:
     part, projection = _inside(inside)
     # down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k -> down.1.attentions.0.block.0
     depth = 4 if "transformer_blocks" in inside else 2
-    block = ".".join(
-        [stack, str(index), *("block" if w == "transformer_blocks" else w for w in inside[:depth])]
-    )
+    block = ".".join([stack, str(index), *("block" if w == "transformer_blocks" else w for w in inside[:depth])])
     return {"stack": stack, "index": index, "part": part, "projection": projection, "block": block}
 
 

@@ -19,13 +19,6 @@ class Thing:
     group: str
     synonyms: tuple[str, ...] = ()
 
-    @property
-    def article(self) -> str:
-        """The name with its article: "an owl", "grapes", "a pair of glasses"."""
-        return with_article(self.name)
-
-
-PLURAL = frozenset({"grapes", "cherries", "glasses", "scissors"})
 
 HYPERNYMS = {
     "animals": ("an animal", "a creature"),
@@ -136,21 +129,3 @@ PHRASINGS = {
     },
 }
 """Phrasings used in training, and others that are kept for measuring. "a {thing}" takes the right article."""
-
-
-def with_article(name: str) -> str:
-    """Return `name` as a noun phrase: "a cat", "an owl", "grapes"."""
-    if name in PLURAL:
-        return name
-    return ("an " if name[0] in "aeiou" else "a ") + name
-
-
-def fill(phrasing: str, **words: str) -> str:
-    """Return `phrasing` with its `{thing}`, `{style}`, `{first}`, `{second}` filled and articles mended."""
-    for slot, word in words.items():
-        if slot != "style":
-            phrasing = phrasing.replace(f"a {{{slot}}}", with_article(word))
-        elif word[0] in "aeiou":
-            phrasing = phrasing.replace("a {style}", f"an {word}")
-        phrasing = phrasing.replace(f"{{{slot}}}", word)
-    return phrasing

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS, fill
+from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
 from PIL import Image
 from styles import RENDER
+
+from esd.evaluation.prompts import say
 
 SIDE = 128
 PIXELS = 64
@@ -111,7 +113,7 @@ def caption(page: Page, rng: np.random.Generator, *, kind: str | None = None, sp
     names = [THINGS[thing].name for thing in page.things]
     style = STYLES[page.style]
     if kind == "style":
-        return fill(_pick(PHRASINGS[split]["style"], rng), style=style)
+        return say(_pick(PHRASINGS[split]["style"], rng), {"style": style})
     scene = len(names) == 2
     slot = {"both": "scene" if scene else "both", "thing": "scene_thing" if scene else "thing"}[kind]
     phrasing = _pick(PHRASINGS[split][slot], rng)
@@ -122,7 +124,7 @@ def caption(page: Page, rng: np.random.Generator, *, kind: str | None = None, sp
         phrasing = phrasing if word in thing.synonyms else phrasing.replace("a {thing}", "{thing}")
         names = [word]
     slots = {"first": names[0], "second": names[1]} if scene else {"thing": names[0]}
-    return fill(phrasing, style=style, **slots)
+    return say(phrasing, {"style": style, **slots})
 
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from catalogue import PHRASINGS, STYLES, THINGS, fill
+from catalogue import PHRASINGS, STYLES, THINGS
 from diffusers import StableDiffusionPipeline
 from drawings import DATA
 from pages import held_out_pairs
@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from esd.evaluation.generate import sample
 from esd.evaluation.judges import load_judge
+from esd.evaluation.prompts import say
 
 HELD = PHRASINGS["held_out"]
 MODEL = DATA.parents[1] / "checkpoints" / "emoji-sd"
@@ -31,7 +32,7 @@ MODEL = DATA.parents[1] / "checkpoints" / "emoji-sd"
 def grid() -> list[tuple[int, int, str]]:
     """Return (thing, style, prompt) for every pair; phrasings alternate."""
     return [
-        (t, s, fill(HELD["both"][(t + s) % len(HELD["both"])], thing=thing.name, style=style))
+        (t, s, say(HELD["both"][(t + s) % len(HELD["both"])], {"thing": thing.name, "style": style}))
         for t, thing in enumerate(THINGS)
         for s, style in enumerate(STYLES)
     ]
@@ -39,7 +40,7 @@ def grid() -> list[tuple[int, int, str]]:
 
 def implied() -> list[tuple[int, str]]:
     """Return (thing, prompt) for every synonym of every thing."""
-    return [(t, fill(HELD["thing"][0], thing=word)) for t, thing in enumerate(THINGS) for word in thing.synonyms]
+    return [(t, say(HELD["thing"][0], {"thing": word})) for t, thing in enumerate(THINGS) for word in thing.synonyms]
 
 
 def scenes(count: int, rng: np.random.Generator) -> list[tuple[int, int, int, str]]:
@@ -49,7 +50,7 @@ def scenes(count: int, rng: np.random.Generator) -> list[tuple[int, int, int, st
         first, second = (int(t) for t in rng.choice(len(THINGS), 2, replace=False))
         style = i % len(STYLES)
         names = {"first": THINGS[first].name, "second": THINGS[second].name}
-        out.append((first, second, style, fill(HELD["scene"][0], style=STYLES[style], **names)))
+        out.append((first, second, style, say(HELD["scene"][0], {"style": STYLES[style], **names})))
     return out
 
 

@@ -3,8 +3,8 @@
     python scripts/emoji/train_clip.py          # -> data/emoji/clip/, data/emoji/tokenizer/
     python scripts/emoji/train_clip.py --text data/emoji/text   # once the UNet is trained
 
-The first run trains both towers; the text tower then goes on learning with the UNet. The second takes that text tower as
-it is and trains the rest to agree with it (as LiT locks a tower, Zhai et al. 2022).
+The first run trains both towers; the text tower then goes on learning with the UNet. The second takes that text tower
+as it is and trains the rest to agree with it (as LiT locks a tower, Zhai et al. 2022).
 
 The loss is CLIP's (Radford et al. 2021, figure 3) with soft targets: in a batch of drawings of a hundred things many
 captions ("a cat") fit several pictures, so each row's target is spread evenly over all that fit.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS, fill
+from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
 from drawings import DATA
 from pages import Page, caption
 from pool import Pool
@@ -28,6 +28,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from train_vae import to_model
 from training import Recipe, Stage
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from esd.evaluation.prompts import say
 
 MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -38,7 +40,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 def corpus() -> list[str]:
     """Return every word form a caption can hold, a few times over so that each becomes one token."""
     lines = [
-        fill(p, style=s, thing=t.name, first=t.name, second=t.name)
+        say(p, {"style": s, "thing": t.name, "first": t.name, "second": t.name})
         for split in PHRASINGS.values()
         for group in split.values()
         for p in group
@@ -173,8 +175,8 @@ def main() -> None:
     def report() -> str:
         """Zero-shot accuracy over things and over styles, in phrasings kept from training."""
         singles = np.flatnonzero(pool.second < 0)[::31]
-        prompts = [fill(PHRASINGS["held_out"]["thing"][0], thing=t.name) for t in THINGS]
-        styles = [fill(PHRASINGS["held_out"]["style"][0], style=s) for s in STYLES]
+        prompts = [say(PHRASINGS["held_out"]["thing"][0], {"thing": t.name}) for t in THINGS]
+        styles = [say(PHRASINGS["held_out"]["style"][0], {"style": s}) for s in STYLES]
         with torch.no_grad():
             things = similarities(singles, prompts).argmax(0).cpu().numpy() == pool.first[singles]
             looks = similarities(singles, styles).argmax(0).cpu().numpy() == pool.style[singles]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from catalogue import PHRASINGS, STYLES, THINGS, fill
+from catalogue import PHRASINGS, STYLES, THINGS
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from drawings import DATA
 from pages import caption
@@ -27,6 +27,7 @@ from training import Recipe, Stage
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from esd.evaluation.judges import EmojiJudge
+from esd.evaluation.prompts import say
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -97,9 +98,7 @@ def main() -> None:
     """Train and publish the averaged weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument(
-        "--start", type=Path, help="a published pipeline to begin from, with a fresh optimiser"
-    )
+    parser.add_argument("--start", type=Path, help="a published pipeline to begin from, with a fresh optimiser")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=7e-4)
@@ -152,7 +151,7 @@ def main() -> None:
         things, looks = rng.integers(len(THINGS), size=96), rng.integers(len(STYLES), size=96)
         names, styles = [THINGS[t].name for t in things], [STYLES[s] for s in looks]
         phrase = PHRASINGS["held_out"]["both"][0]
-        captions = [fill(phrase, thing=name, style=style) for name, style in zip(names, styles, strict=True)]
+        captions = [say(phrase, {"thing": name, "style": style}) for name, style in zip(names, styles, strict=True)]
         drawn = sample(unet, encode(captions), encode([""]), seed=0)
         readings = judge(to_pictures(vae.decode(drawn / vae.config.scaling_factor).sample))
         return f"{readings.shows(names).mean():.0%} things, {readings.in_style(styles).mean():.0%} styles right of 96"

@@ -97,7 +97,8 @@ class Stage:
                 pace = (time.perf_counter() - started) / (self.step - first)
                 left = pace * (self.recipe.steps - self.step) / 60
                 print(
-                    f"{self.name} {self.step}/{self.recipe.steps} loss {smooth:.4f} {pace:.2f} s/step, {left:.0f} min left",
+                    f"{self.name} {self.step}/{self.recipe.steps} loss {smooth:.4f}",
+                    f"{pace:.2f} s/step, {left:.0f} min left",
                     flush=True,
                 )
             if self._stopped or self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:

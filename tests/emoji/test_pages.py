@@ -52,9 +52,9 @@ def test_phrasings_for_measuring_are_not_trained_on() -> None:
     ],
 )
 def test_captions_take_the_right_article(phrasing: str, words: dict[str, str], expected: str) -> None:
-    from catalogue import fill
+    from esd.evaluation.prompts import say
 
-    assert fill(phrasing, **words) == expected
+    assert say(phrasing, words) == expected
 
 
 def test_a_tenth_of_the_captions_implies_its_thing_without_naming_it() -> None:

@@ -1,0 +1,343 @@
+"""What a user may set, what each setting means, and what it may be: the one place where input is checked.
+
+A program's configuration is a tree of plain dataclasses. Every field carries its own help and its own
+range, so the same declaration types the YAML (Hydra reads these classes as schemas), prints `--help` and
+refuses a bad value before any model is loaded. Nothing here imports torch or Hydra, so `--help` costs no
+start-up time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esd.errors import UserError
+
+MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    one_of: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field that knows what it means and which values it may take.
+
+    Numbers must be finite besides keeping their bounds; a list applies the rule to each of its elements.
+    """
+    rule = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    metadata = {"help": help, "rule": {k: v for k, v in rule.items() if v is not None}, "one_of": one_of}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The base."""
+
+    path: str = option("checkpoints/emoji-sd", "a diffusers folder, or a name on the Hugging Face hub")
+    revision: str | None = option(None, "commit of a hub model; pin one to know what you erased from")
+    precision: str = option(
+        "float32",
+        "of the frozen weights; the trained ones are always float32",
+        one_of=("float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the student is taught; see `esd.objectives`."""
+
+    anchor: str | None = option(
+        "null",
+        "prediction to start from: the empty prompt's or the concept's own",
+        one_of=("null", "concept"),
+    )
+    eta: float = option(1.0, "erasing guidance: how far to push away from the concept", at_least=0)
+    weighting: str = option(
+        "native",
+        "space whose squared error is minimised; native is the model's own",
+        one_of=("native", "eps", "v", "x0", "min_snr"),
+    )
+
+
+@dataclass
+class PreserveConfig:
+    """What must stay; see `esd.trainer`."""
+
+    prompts: list[str] = option(
+        [],
+        "prompts whose prediction should stay as it was; {thing} and {style} expand to "
+        "all the model knows but the erased",
+    )
+    weight: float = option(1.0, "of this term beside the erasing term", at_least=0)
+
+
+@dataclass
+class WeightsConfig:
+    """What is trained: a full-rank run changes the selected weights themselves."""
+
+    kind: str = option("full", "train the selected weights themselves", one_of=("full",))
+
+
+@dataclass
+class TrajectoryConfig:
+    """Where training points come from; see `esd.sources`."""
+
+    sampler: str = option(
+        "teacher",
+        "who draws x_t: student is the paper, teacher is the frozen base and lets a bank "
+        "of rollouts serve many updates",
+        one_of=("student", "teacher"),
+    )
+    num_steps: int = option(20, "sampling steps of a rollout", at_least=1, at_most=1000)
+    guidance_scale: float = option(3.0, "classifier-free guidance while sampling x_t", at_least=0)
+    time_rule: str = option(
+        "visited",
+        "which t goes with x_t; the other rules are upstream's",
+        one_of=("visited", "index", "compvis", "alt"),
+    )
+    scheduler: str | None = option(None, "ddim, euler, ...; null takes the model's own")
+    sample_with: str = option(
+        "erase_from", "prompt of the rollouts, where erase_from is set", one_of=("erase_from", "concept")
+    )
+    rollouts: int = option(
+        24,
+        "whole rollouts in the bank; 0 keeps no bank and rolls out anew for every update. With "
+        "sampler=student a bank is as stale as it is large",
+        at_least=0,
+    )
+    reuse: int = option(8, "how often a point of the bank is used before the bank is built anew", at_least=1)
+    max_batch: int = option(64, "most rows in one call of the denoiser while sampling", at_least=2)
+
+
+@dataclass
+class TrainingConfig:
+    """The loop; see `esd.trainer`."""
+
+    updates: int = option(150, "optimizer steps", at_least=1)
+    batch_size: int = option(16, "points per forward pass and process", at_least=1)
+    gradient_accumulation: int = option(1, "forward passes per update", at_least=1)
+    lr: float = option(3e-5, "learning rate of Adam", above=0)
+    lr_schedule: str = option("constant", "after the warm-up", one_of=("constant", "cosine", "linear"))
+    warmup: int = option(0, "updates over which the learning rate rises from 0", at_least=0)
+    betas: list[float] = option([0.9, 0.999], "of Adam", at_least=0, below=1)
+    weight_decay: float = option(0.0, "per update, towards the base's weights (not towards 0), times lr", at_least=0)
+    clip_norm: float = option(1.0, "largest gradient norm; 0 does not clip", at_least=0)
+    gradient_checkpointing: bool = option(False, "less memory, a third more time")
+    mixed_precision: str = option("auto", "autocast; auto is bf16 over a bfloat16 base", one_of=("auto", "no", "bf16"))
+    save_every: int = option(100, "updates between resumable states; 0 saves only when stopped", at_least=0)
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides run_dir/metrics.jsonl."""
+
+    name: str = option("none", "where metrics also go", one_of=("none", "wandb", "tensorboard"))
+    project: str = option("esd", "name of the project there")
+    mode: str = option("offline", "of wandb", one_of=("offline", "online"))
+
+
+@dataclass
+class EvaluationConfig:
+    """What is drawn and read after training."""
+
+    target_images: int = option(
+        200, "images of the erased concept that the judge reads; 0 skips the reading", at_least=0
+    )
+    retained_images: int = option(
+        400, "images of everything else that the judge reads; 0 skips the reading", at_least=0
+    )
+    num_steps: int = option(20, "sampling steps of these images and the preview", at_least=1, at_most=1000)
+    guidance_scale: float = option(3.0, "classifier-free guidance of these images and the preview", at_least=0)
+    batch_size: int = option(32, "images per call", at_least=1)
+    preview_images: int = option(6, "columns of preview.png", at_least=1, at_most=16)
+
+
+@dataclass
+class TrainConfig:
+    """Everything `python -m esd.train` takes."""
+
+    concepts: list[str] = option([], "what to erase, for example concepts=[cat]")
+    prompts: list[str] = option(["{}"], "training prompts; {} is the concept, {thing} and {style} all the model knows")
+    erase_from: list[str] = option([], "erase only as an attribute of these, one per concept (hat from cowboy)")
+    selection: str = option(
+        "esd_x",
+        "what to train: esd_x, esd_x_strict, esd_u, esd_u_2023, esd_all, self_attention, "
+        "or an expression such as 'cross.k + up.self'",
+    )
+    run_dir: str | None = option(None, "where results go; null is runs/<concept>")
+    seed: int = option(0, "of every random draw", at_least=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    plan_only: bool = option(False, "say what would be trained, and stop")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    preserve: PreserveConfig = field(default_factory=PreserveConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is out of its range; touches no file and no model."""
+        check_ranges(self)
+        check_device(self.device)
+        self.objective.anchor = self.objective.anchor or "null"  # `anchor: null` in YAML means the same
+        check_concepts(self.concepts)
+        if self.erase_from:
+            check_concepts(self.erase_from, name="erase_from")
+            if len(self.erase_from) != len(self.concepts):
+                raise UserError(
+                    f"erase_from={self.erase_from} names {len(self.erase_from)} for {len(self.concepts)} "
+                    "concepts; give one for each, or none"
+                )
+        if not self.prompts:
+            raise UserError("prompts=[] trains on nothing; allowed: at least one template, such as prompts=['{}']")
+        for template in self.prompts:
+            if "{}" not in template:
+                raise UserError(
+                    f"prompts={self.prompts}: {template!r} never names the concept; put {{}} where it belongs"
+                )
+        if self.model.precision == "float16":
+            raise UserError("model.precision=float16: training would overflow in it; allowed: float32, bfloat16")
+        if self.model.precision == "bfloat16" and self.training.mixed_precision == "no":
+            raise UserError(
+                "training.mixed_precision=no: float32 weights in a bfloat16 model need autocast; allowed: "
+                "auto, bf16, or model.precision=float32"
+            )
+        if len(self.training.betas) != 2:
+            raise UserError(f"training.betas={self.training.betas}: Adam takes two, such as training.betas=[0.9,0.999]")
+
+    def run_path(self) -> Path:
+        """The run directory: as given, or named after the concepts."""
+        return Path(self.run_dir or Path("runs", slug(", ".join(self.concepts))))
+
+
+@dataclass
+class GenerateConfig:
+    """Everything `python -m esd.generate` takes."""
+
+    prompts: Any = option(None, "a .csv or .jsonl file of prompts, or a list: prompts='[a cat, a dog]'")
+    checkpoint: str | None = option(None, "erased.safetensors or a run directory; null draws the base alone")
+    run_dir: str | None = option(None, "where images go; null is runs/images-<prompts>")
+    images_per_prompt: int = option(1, "each with its own seed", at_least=1)
+    num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
+    guidance_scale: float = option(3.0, "classifier-free guidance, where a prompt's row sets none", at_least=0)
+    batch_size: int = option(16, "images per call; changes no image", at_least=1)
+    seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    plan_only: bool = option(False, "say what would be drawn, and stop")
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is out of its range; touches no file and no model."""
+        check_ranges(self)
+        check_device(self.device)
+        if not self.prompts or not isinstance(self.prompts, str | list):
+            raise UserError(
+                f"prompts={self.prompts!r}: nothing to draw; allowed: a .csv or .jsonl file, or a list such "
+                "as prompts='[a cat, a dog]'"
+            )
+
+    def run_path(self) -> Path:
+        """The run directory: as given, or named after the prompts."""
+        return Path(self.run_dir or Path("runs", "images-" + slug(str(self.prompts))))
+
+
+def check_ranges(config: Any) -> None:
+    """Raises UserError for the first field below `config` whose value breaks its own rule."""
+    for name, value, spec in fields_of(config):
+        one_of, rule = spec.metadata.get("one_of"), spec.metadata.get("rule", {})
+        if one_of and value is not None and value not in one_of:
+            raise UserError(f"{name}={value}: allowed: {', '.join(one_of)}; for example {name}={spec.default}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool) and not _keeps(number, rule):
+                words = " and ".join(f"{word} {bound:g}" for word, bound in rule.items()) or "any size"
+                mend = "" if isinstance(value, list) else f"; for example {name}={spec.default}"
+                raise UserError(f"{name}={value}: allowed: a finite number, {words}{mend}")
+
+
+def _keeps(number: float, rule: dict[str, float]) -> bool:
+    """Whether a number is finite and inside its bounds."""
+    tests = {
+        "at least": number >= rule.get("at least", number),
+        "above": number > rule.get("above", -math.inf),
+        "at most": number <= rule.get("at most", number),
+        "below": number < rule.get("below", math.inf),
+    }
+    return math.isfinite(number) and all(tests.values())
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """(dotted name, value, field) of every leaf, in the order of declaration."""
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{prefix}{spec.name}.")
+        else:
+            yield prefix + spec.name, value, spec
+
+
+def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> None:
+    """Raises UserError where a concept is nothing a text encoder could read: empty, too long, several lines.
+
+    A slash, a quote or an emoji is fine: file names are made by `slug`, never from the concept itself.
+    """
+    if not concepts:
+        raise UserError(f"{name}=[] names nothing to erase; allowed: one concept or more, such as {name}=[cat]")
+    for concept in concepts:
+        if not concept.strip():
+            raise UserError(f"{name}: {concept!r} is empty; allowed: a word or a phrase, such as {name}=[cat]")
+        if len(concept) > MAX_CONCEPT_CHARACTERS:
+            raise UserError(
+                f"{name}: {concept[:20]!r}... has {len(concept)} characters; allowed: at most "
+                f"{MAX_CONCEPT_CHARACTERS}, a text encoder reads no more; name the concept in a phrase"
+            )
+        if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in concept):
+            raise UserError(
+                f"{name}: {concept!r} holds a line break or a control character; allowed: one line of text; "
+                "give several concepts as a list, such as concepts=[cat,dog]"
+            )
+        if "{" in concept or "}" in concept:
+            raise UserError(f"{name}: {concept!r} holds a brace, which templates use; allowed: text without {{ and }}")
+    if len(set(concepts)) < len(concepts) and name == "concepts":
+        raise UserError(f"{name}={list(concepts)} names a concept twice; allowed: each once")
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for what is no name of a device; whether the machine has it, torch says later."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"device={device}: allowed: auto, cpu, mps, cuda, or one card such as cuda:1")
+
+
+def slug(text: str) -> str:
+    """A file name for any text: plain letters and digits for the eye, 8 hex digits of a hash."""
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+    return f"{plain or 'concept'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package in a wheel, beside it in a clone.
+
+    Raises:
+        UserError: neither exists, so the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise UserError(f"no conf/ in {package} or beside it: this installation of esd is incomplete; install it again")

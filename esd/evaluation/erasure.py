@@ -1,0 +1,215 @@
+"""Did it work? One erased checkpoint against its base: rates as a judge reads them, and a picture.
+
+Both models draw the same prompts from the same seeds. Prompts use phrasings and seeds that training never
+saw, and each names a thing and a style, so that every image says something about both. Without a vocabulary
+or a judge for the model, rates are null, the reason is given, and the picture is drawn all the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esd.checkpoint import erased
+from esd.evaluation.generate import sample
+from esd.evaluation.metrics import NO_RATE, erasure_rates
+from esd.evaluation.preview import Row, draw
+from esd.evaluation.prompts import PromptRow, fill, say
+from esd.evaluation.vocabulary import Vocabulary
+
+FIRST_SEED = 1_000_000  # training draws from hashed generators, so no evaluation seed was ever trained on
+UNRELATED = (
+    "a photo of a dog",
+    "a bowl of fruit on a table",
+    "a portrait of a woman",
+    "a mountain lake at sunset",
+)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How evaluation images are drawn."""
+
+    num_steps: int
+    guidance_scale: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the preview: what it shows, why, and its prompt in each column."""
+
+    label: str
+    role: str
+    prompts: tuple[str, ...]
+
+
+def evaluate(
+    pipe: Any,
+    checkpoint: Path,
+    concepts: Sequence[str],
+    *,
+    vocabulary: Vocabulary | None,
+    judge: Any,
+    target_images: int,
+    retained_images: int,
+    preview_images: int,
+    sampling: Sampling,
+    picture: Path,
+    report: Report = print,
+) -> dict[str, Any]:
+    """The rates of summary.json; also writes the preview to `picture`.
+
+    Args:
+        pipe: the base, on its device; it is the base again afterwards.
+        checkpoint: the erased weights.
+        concepts: what was erased.
+        vocabulary: of the model, or None.
+        judge: reads uint8 images (n, H, W, 3), or None.
+        target_images, retained_images: how many images of each the judge reads.
+        preview_images: columns of the picture.
+        sampling: steps, guidance, batch size.
+        picture: path of the PNG.
+        report: gets a line before each of the two slow parts.
+    """
+    known, reason = known_concepts(concepts, vocabulary, judge)
+    rows = exam(vocabulary, known, target_images, retained_images) if vocabulary and not reason else []
+    reason = reason or (None if rows else "no evaluation images were asked for")
+    lines, columns = preview_lines(concepts, vocabulary, preview_images)
+    prompts = [row.prompt for row in rows] + [prompt for line in lines for prompt in line.prompts]
+    seeds = [row.evaluation_seed for row in rows] + [FIRST_SEED - 1 - i for _ in lines for i in range(len(columns))]
+
+    def images(model: str) -> np.ndarray:
+        report(f"drawing {len(prompts)} images with the {model}")
+        return sample(
+            pipe,
+            prompts,
+            seeds,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            batch_size=sampling.batch_size,
+        )
+
+    before = images("base")
+    with erased(pipe, checkpoint):
+        after = images("erased model")
+    n, shape = len(rows), (len(lines), len(columns))
+    pairs = np.stack([before[n:], after[n:]], axis=1).reshape(*shape, 2, *before.shape[1:])
+    draw(
+        picture,
+        [Row(line.label, line.role, images) for line, images in zip(lines, pairs, strict=True)],
+        columns,
+        title=f"erased: {', '.join(concepts)}",
+    )
+    if reason:
+        rates: dict[str, Any] = {name: dict(NO_RATE) for name in ("target", "same_domain", "cross_domain")}
+        return rates | {"neither": None, "reason": reason}
+    return erasure_rates(rows, judge(before[:n]), judge(after[:n]), known) | {"reason": None}
+
+
+def known_concepts(
+    concepts: Sequence[str], vocabulary: Vocabulary | None, judge: Any
+) -> tuple[dict[str, str], str | None]:
+    """({canonical name: domain}, None), or ({}, why no rate can be had)."""
+    if vocabulary is None:
+        return {}, "the model ships no vocabulary.json, so there are no prompts with known answers"
+    if judge is None:
+        return {}, "there is no judge for this model"
+    found = {concept: vocabulary.find(concept) for concept in concepts}
+    if unknown := [concept for concept, entry in found.items() if entry is None]:
+        return {}, f"the judge knows no {', '.join(map(repr, unknown))}"
+    return {entry[1].name: entry[0] for entry in found.values() if entry}, None
+
+
+def exam(
+    vocabulary: Vocabulary, concepts: Mapping[str, str], target_images: int, retained_images: int
+) -> list[PromptRow]:
+    """Rows in held-out phrasings: targets, then the retained, each spread evenly over what the model knows.
+
+    Pairs that the model never saw together are left out: they would measure the base, not the erasure.
+
+    Args:
+        vocabulary: of the model.
+        concepts: erased names to their domain.
+        target_images: rows that name an erased concept, alone or with something of the other domain.
+        retained_images: rows that name a thing and a style, neither of them erased.
+    """
+    phrasings = vocabulary.phrasings["held_out"]
+    kept = {
+        domain: vocabulary.names(domain, but=[n for n, d in concepts.items() if d == domain])
+        for domain in ("thing", "style")
+    }
+
+    def filled(template: str, things: Sequence[str], styles: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+        return [
+            (prompt, labels)
+            for prompt, labels in fill(template, things, styles)
+            if (labels.get("thing", ""), labels.get("style", "")) not in vocabulary.held_out_pairs
+        ]
+
+    targets: list[tuple[str, dict[str, str]]] = []
+    for name, domain in concepts.items():
+        things, styles = ([name], kept["style"]) if domain == "thing" else (kept["thing"], [name])
+        for template in (*phrasings["both"], *phrasings[domain]):
+            targets += filled(template, things, styles)
+    retained = [pair for template in phrasings["both"] for pair in filled(template, kept["thing"], kept["style"])]
+    chosen = _spread(targets, target_images) + _spread(retained, retained_images)
+    return [PromptRow(i, prompt, FIRST_SEED + i, labels=labels) for i, (prompt, labels) in enumerate(chosen)]
+
+
+def preview_lines(concepts: Sequence[str], vocabulary: Vocabulary | None, columns: int) -> tuple[list[Line], list[str]]:
+    """The preview's rows, and a label for each column.
+
+    A thing is shown across styles, a style across things: the target, three neighbours, then what is
+    unrelated (things of other groups; the same things without a style). Without a vocabulary the
+    columns are seeds.
+    """
+    found = vocabulary.find(concepts[0]) if vocabulary else None
+    if vocabulary is None or found is None:
+        texts = [(concept, "target") for concept in concepts] + [(text, "unrelated") for text in UNRELATED]
+        return [Line(text, role, (text,) * columns) for text, role in texts], [f"seed {i + 1}" for i in range(columns)]
+    domain, entry = found
+    erased_names = {other[1].name for concept in concepts if (other := vocabulary.find(concept))}
+    near = [name for name in vocabulary.neighbours(domain, entry.name) if name not in erased_names]
+    across = _spread_names(vocabulary.names("style" if domain == "thing" else "thing", but=erased_names), columns)
+    both, alone = vocabulary.phrasings["held_out"]["both"][0], vocabulary.phrasings["held_out"]["thing"][0]
+
+    def line(name: str, role: str) -> Line:
+        pairs = [(name, other) if domain == "thing" else (other, name) for other in across]
+        return Line(
+            name,
+            role,
+            tuple(say(both, {"thing": thing, "style": style}) for thing, style in pairs),
+        )
+
+    targets = [
+        name
+        for concept in concepts
+        if (other := vocabulary.find(concept)) and other[0] == domain and (name := other[1].name)
+    ]
+    lines = [*(line(name, "target") for name in targets), *(line(name, "neighbour") for name in near[:3])]
+    if domain == "thing":
+        lines += [line(name, "unrelated") for name in near[3:][-2:]]
+    else:
+        lines.append(Line("no style", "unrelated", tuple(say(alone, {"thing": thing}) for thing in across)))
+    return lines, across
+
+
+def _spread(items: list[Any], n: int) -> list[Any]:
+    """n of the items in a fixed shuffled order, each as often as any other give or take one."""
+    shuffled = random.Random(0).sample(items, len(items))
+    return list(itertools.islice(itertools.cycle(shuffled), n))
+
+
+def _spread_names(names: list[str], n: int) -> list[str]:
+    """At most n names, evenly spaced over the list, which keeps groups together."""
+    n = min(n, len(names))
+    return [names[i * len(names) // n] for i in range(n)]

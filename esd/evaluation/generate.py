@@ -1,0 +1,184 @@
+"""Images from a stock pipeline, one CPU generator per image, so that no image depends on its neighbours.
+
+An image is decided by prompt, seed, guidance and weights, not by batch size, order or what was drawn before
+(up to rounding, which a batch may change in the last bit). Files are written atomically and existing ones
+are kept, so the same call after an interruption draws only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from esd.errors import UserError
+from esd.evaluation.prompts import PromptRow
+from esd.storage import atomic, write_json
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image of a manifest: its file name and everything that decided it but the weights."""
+
+    file: str
+    case_number: int
+    sample: int
+    prompt: str
+    seed: int
+    guidance: float
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of images holds; judges read this and the images, nothing else.
+
+    Attributes:
+        folder: of the images and of manifest.json.
+        checkpoint: the erased weights they were drawn with, or None for the base.
+        num_steps: sampling steps.
+        images: in the order of the prompts.
+    """
+
+    folder: Path
+    checkpoint: str | None
+    num_steps: int
+    images: tuple[Drawn, ...]
+
+    def save(self) -> None:
+        """Writes folder/manifest.json."""
+        told = {
+            "checkpoint": self.checkpoint,
+            "num_steps": self.num_steps,
+            "images": [asdict(i) for i in self.images],
+        }
+        write_json(self.folder / "manifest.json", told)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """The manifest of a folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        try:
+            told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            return cls(
+                folder,
+                told["checkpoint"],
+                told["num_steps"],
+                tuple(Drawn(**image) for image in told["images"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} holds no manifest.json of images ({error}); draw them with esd.generate"
+            ) from error
+
+
+def generate(
+    pipe: Any,
+    rows: Sequence[PromptRow],
+    out_dir: Path,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    images_per_prompt: int = 1,
+    checkpoint: str | None = None,
+) -> Manifest:
+    """Draws every row into `out_dir/{case}_{sample}.png`; returns and writes the manifest.
+
+    Args:
+        pipe: a stock text-to-image pipeline, with erased weights already applied if there are any.
+        rows: what to draw; sample s of a row uses its evaluation_seed + s.
+        out_dir: made if need be; images already there are kept.
+        num_steps: sampling steps.
+        guidance_scale: of rows that set none.
+        batch_size: images per call.
+        images_per_prompt: samples of each row.
+        checkpoint: what the manifest says the weights are.
+    """
+    images = tuple(
+        Drawn(
+            f"{row.case_number}_{sample}.png",
+            row.case_number,
+            sample,
+            row.prompt,
+            row.evaluation_seed + sample,
+            guidance_scale if row.guidance is None else row.guidance,
+            dict(row.labels),
+        )
+        for row in rows
+        for sample in range(images_per_prompt)
+    )
+    missing = [image for image in images if not (out_dir / image.file).exists()]
+    for batch in _batches(missing, batch_size):
+        arrays = sample(
+            pipe,
+            [i.prompt for i in batch],
+            [i.seed for i in batch],
+            num_steps=num_steps,
+            guidance_scale=batch[0].guidance,
+            batch_size=batch_size,
+        )
+        for image, array in zip(batch, arrays, strict=True):
+            with atomic(out_dir / image.file) as staged:
+                Image.fromarray(array).save(staged, format="PNG")
+    manifest = Manifest(out_dir, checkpoint, num_steps, images)
+    manifest.save()
+    return manifest
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+) -> np.ndarray:
+    """uint8 images (n, H, W, 3) of n prompts, image i drawn from a CPU generator seeded with seeds[i].
+
+    Args:
+        pipe: a stock pipeline; its progress bar is switched off.
+        prompts: n texts.
+        seeds: n seeds.
+        num_steps: sampling steps.
+        guidance_scale: classifier-free guidance; 1 or less means none.
+        batch_size: images per call.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        now = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[now]]
+        drawn = pipe(
+            prompt=list(prompts[now]),
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="np",
+        ).images
+        parts.append((np.asarray(drawn) * 255).round().astype(np.uint8))
+    return np.concatenate(parts) if parts else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def _batches(images: Sequence[Drawn], size: int) -> Iterator[list[Drawn]]:
+    """Consecutive images of one guidance scale, at most `size` at a time: a call takes one scale."""
+    batch: list[Drawn] = []
+    for image in images:
+        if batch and (len(batch) == size or image.guidance != batch[0].guidance):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch

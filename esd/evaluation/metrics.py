@@ -1,0 +1,99 @@
+"""Rates of what a judge saw, each with its interval: did the concept go, and did everything else stay?
+
+Rows are *target* when their labels name an erased concept, else *retained*. On target rows the rate of the
+concept itself should fall, and the rate of the other label (the style of an erased thing) should not. On
+retained rows, the same domain (other things) and the cross domain (styles) should both hold.
+
+Source: the split is UnlearnCanvas' UA, IRA and CRA (Zhang et al. 2024, arXiv:2402.11846); the interval is
+Wilson 1927.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from esd.evaluation.prompts import PromptRow
+from esd.evaluation.vocabulary import DOMAINS
+
+NO_RATE: dict[str, Any] = {"before": None, "after": None, "n": 0, "interval": None}
+
+
+class Seen(Protocol):
+    """What a judge read in n images: the thing and the style of each, and whether it saw neither."""
+
+    @property
+    def thing(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def style(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def neither(self) -> Sequence[bool]: ...  # noqa: D102
+
+
+def shows(seen: Seen, i: int, domain: str, name: str) -> bool:
+    """Whether the judge saw `name` in image i; a thing it is not sure of ("neither") does not count."""
+    return bool(getattr(seen, domain)[i] == name and not (domain == "thing" and seen.neither[i]))
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval (low, high) of a rate k of n; z = 1.96 covers 95%.
+
+    Raises:
+        ValueError: not 0 <= k <= n, or n is 0.
+    """
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"{k} of {n} is no rate")
+    p, zz = k / n, z * z
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def erasure_rates(rows: Sequence[PromptRow], before: Seen, after: Seen, concepts: Mapping[str, str]) -> dict[str, Any]:
+    """The rates of summary.json.
+
+    Args:
+        rows: the prompts drawn, n of them, with labels "thing" and/or "style".
+        before: what the judge saw in the base's n images.
+        after: what it saw in the erased model's, of the same prompts and seeds.
+        concepts: erased names to their domain, for example {"cat": "thing"}.
+
+    Returns:
+        "target", "same_domain", "cross_domain" and, on target rows, "target_<other domain>": each
+        {"before", "after", "n", "interval" of after}, with nulls where no row applies; and "neither", the
+        share of the erased model's target images in which the judge saw nothing it knows.
+    """
+    domains = set(concepts.values())
+    others = [domain for domain in DOMAINS if domain not in domains]
+    is_target = [any(concepts.get(name) == domain for domain, name in row.labels.items()) for row in rows]
+    target = [i for i, chosen in enumerate(is_target) if chosen]
+    retained = [i for i, chosen in enumerate(is_target) if not chosen]
+
+    def rate(indices: Collection[int], among: Collection[str], *, erased_only: bool = False) -> dict[str, Any]:
+        asked = [
+            (i, domain, name)
+            for i in indices
+            for domain, name in rows[i].labels.items()
+            if domain in among and (not erased_only or concepts.get(name) == domain)
+        ]
+        if not asked:
+            return dict(NO_RATE)
+        hits = [sum(shows(seen, i, domain, name) for i, domain, name in asked) for seen in (before, after)]
+        return {
+            "before": hits[0] / len(asked),
+            "after": hits[1] / len(asked),
+            "n": len(asked),
+            "interval": list(wilson(hits[1], len(asked))),
+        }
+
+    rates: dict[str, Any] = {
+        "target": rate(target, domains, erased_only=True),
+        "same_domain": rate(retained, domains),
+        "cross_domain": rate(retained, others),
+    }
+    rates |= {f"target_{domain}": rate(target, [domain]) for domain in others}
+    rates["neither"] = sum(bool(after.neither[i]) for i in target) / len(target) if target else None
+    return rates

@@ -1,0 +1,205 @@
+"""Prompts to draw, each with its own seed: read from CSV, JSONL or a list, or expanded from templates.
+
+The columns are the field's own (`case_number, prompt, evaluation_seed, evaluation_guidance`) with the names
+other benchmarks give them (I2P's `sd_seed` and `sd_guidance_scale`, COCO's `image_id`). Every other column
+is a label.
+
+Source: rohitgandikota/erasing, data/*.csv; ml-research/i2p.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esd.errors import UserError
+
+ALIASES = {
+    "case_number": ("case_number", "image_id", "id"),
+    "evaluation_seed": ("evaluation_seed", "seed", "sd_seed"),
+    "guidance": ("evaluation_guidance", "guidance", "guidance_scale", "sd_guidance_scale"),
+}
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt to draw.
+
+    Attributes:
+        case_number: names the row and its images; unique among the rows.
+        prompt: what the model is asked for.
+        evaluation_seed: of the first image's noise; sample s uses evaluation_seed + s.
+        guidance: classifier-free guidance scale of this row, or None for the program's.
+        labels: what the prompt names, for example {"thing": "cat", "style": "mosaic"}.
+    """
+
+    case_number: int
+    prompt: str
+    evaluation_seed: int
+    guidance: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def load(source: str | Path | Sequence[Any], *, seed: int = 0) -> list[PromptRow]:
+    """The rows of a .csv or .jsonl file, or of a list of prompts.
+
+    Args:
+        source: path of a file, or prompts.
+        seed: of rows that give none.
+
+    Raises:
+        UserError: no such file, an unknown kind of file, a row without prompt, two rows alike, or no rows.
+    """
+    if isinstance(source, str | Path):
+        records = _records(Path(source))
+    else:
+        records = [({"prompt": str(prompt)}, f"prompt {number}") for number, prompt in enumerate(source, 1)]
+    rows = [_row(record, where, number, seed) for number, (record, where) in enumerate(records)]
+    if not rows:
+        raise UserError(f"prompts={source} holds no prompts; allowed: at least one row with a 'prompt'")
+    _refuse_twins(rows)
+    return rows
+
+
+def expand(
+    templates: Iterable[str],
+    things: Sequence[str] = (),
+    styles: Sequence[str] = (),
+    seeds: Iterable[int] = (0,),
+) -> list[PromptRow]:
+    """Every template with every thing, style and seed, labelled by what it names, in that order.
+
+    Args:
+        templates: texts that may hold {thing} and {style}.
+        things, styles: what these stand for; a template that holds neither is drawn once per seed.
+        seeds: evaluation seeds.
+    """
+    filled = [(prompt, labels) for template in templates for prompt, labels in fill(template, things, styles)]
+    pairs = itertools.product(filled, list(seeds))
+    return [PromptRow(number, prompt, seed, labels=labels) for number, ((prompt, labels), seed) in enumerate(pairs)]
+
+
+def fill(template: str, things: Sequence[str], styles: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(prompt, labels) for every way to fill {thing} and {style} in one template."""
+    for thing in things if "{thing}" in template else [None]:
+        for style in styles if "{style}" in template else [None]:
+            labels = {name: value for name, value in (("thing", thing), ("style", style)) if value is not None}
+            yield say(template, labels), labels
+
+
+def say(template: str, words: Mapping[str, str]) -> str:
+    """The template with its slots filled, "a {thing}" with the article that the word takes.
+
+    >>> say("a {thing} in the {style} style", {"thing": "owl", "style": "neon"})
+    'an owl in the neon style'
+    >>> say("a {}", {"": "grapes"})
+    'grapes'
+    """
+    for slot, word in words.items():
+        template = template.replace(f"a {{{slot}}}", articled(word)).replace(f"{{{slot}}}", word)
+    return template
+
+
+def articled(noun: str) -> str:
+    """A noun with its indefinite article; none for a plural, told by its ending: "a bus", "an owl", "grapes"."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return noun
+    return f"an {noun}" if noun[:1].lower() in tuple("aeiou") else f"a {noun}"
+
+
+def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """(record, "file line n") of every row of a file."""
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"prompts={path}: allowed: a .csv or .jsonl file, or a list such as prompts='[a cat, a dog]'")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            if path.suffix == ".csv":
+                reader = csv.DictReader(file)
+                if "prompt" not in (reader.fieldnames or ()):
+                    raise UserError(
+                        f"prompts={path} has columns {list(reader.fieldnames or ())}; it needs one named 'prompt'"
+                    )
+                return [(record, f"{path} line {reader.line_num}") for record in reader]
+            return [
+                (_parsed(line, f"{path} line {number}"), f"{path} line {number}")
+                for number, line in enumerate(file, 1)
+                if line.strip()
+            ]
+    except FileNotFoundError:
+        raise UserError(f"prompts={path} does not exist; give a .csv or .jsonl file, or a list of prompts") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"prompts={path} cannot be read as UTF-8 text ({error}); save it again as UTF-8") from error
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    """One line of JSONL as a record."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg}); write one object a line") from error
+    if not isinstance(record, dict):
+        raise UserError(f'{where} is {type(record).__name__}, not an object; write {{"prompt": "..."}}')
+    return record
+
+
+def _row(record: dict[str, Any], where: str, number: int, seed: int) -> PromptRow:
+    """The row of a record; takes the known columns out, what is left are labels."""
+    rest = {str(name): value for name, value in record.items() if name is not None}
+    prompt = str(rest.pop("prompt", None) or "").strip()
+    if not prompt:
+        raise UserError(f"{where}: the prompt is empty; give every row a prompt, or remove the row")
+    found = {}
+    for column, names in ALIASES.items():
+        values = [rest.pop(name) for name in names if name in rest]
+        found[column] = next((value for value in values if value not in (None, "")), None)
+    guidance = _number(found["guidance"], "guidance", where)
+    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+        raise UserError(f"{where}: guidance={guidance}; allowed: a finite number, at least 0")
+    labels = {name: str(value) for name, value in rest.items() if value not in (None, "") and name.strip()}
+    return PromptRow(
+        _whole(found["case_number"], "case_number", where, number),
+        prompt,
+        _whole(found["evaluation_seed"], "evaluation_seed", where, seed),
+        guidance,
+        labels,
+    )
+
+
+def _number(value: Any, name: str, where: str) -> float | None:
+    """A number, or None where there is none."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {name}={value!r} is no number") from None
+
+
+def _whole(value: Any, name: str, where: str, default: int) -> int:
+    """A whole number from 0 to 2^63, or the default where there is none; large seeds keep every digit."""
+    number = _number(value, name, where)
+    if number is None:
+        return default
+    if not (math.isfinite(number) and number == int(number) and 0 <= number < 2**63):
+        raise UserError(f"{where}: {name}={value}; allowed: a whole number from 0 to 2^63")
+    return int(value) if str(value).isdigit() else int(number)
+
+
+def _refuse_twins(rows: Sequence[PromptRow]) -> None:
+    """Raises UserError for two rows that would write the same file or draw the same image."""
+    numbers: set[int] = set()
+    images: set[tuple[str, int, float | None]] = set()
+    for row in rows:
+        image = (row.prompt, row.evaluation_seed, row.guidance)
+        if row.case_number in numbers:
+            raise UserError(f"case_number {row.case_number} stands twice in the prompts; allowed: each number once")
+        if image in images:
+            raise UserError(
+                f"prompt {row.prompt!r} with seed {row.evaluation_seed} stands twice; remove one, or change its seed"
+            )
+        numbers.add(row.case_number)
+        images.add(image)

@@ -1,0 +1,142 @@
+"""What a bundled model knows: its things and styles, and the phrasings it was and was not trained on.
+
+A model made for experiments ships `vocabulary.json` beside its weights. It tells which prompts to train on,
+which to measure on, and which other concepts must survive. A real model ships none; then `Vocabulary.load`
+returns None and rates are not computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esd.errors import UserError
+from esd.evaluation.prompts import fill
+
+DOMAINS = ("thing", "style")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing or style: its name, the group it belongs to, and what else it is called."""
+
+    name: str
+    group: str = ""
+    synonyms: tuple[str, ...] = ()
+    hypernyms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model knows.
+
+    Attributes:
+        things, styles: in the order of the file.
+        phrasings: "train" or "held_out" to kind ("both", "thing", "style", "scene") to templates.
+        held_out_pairs: (thing, style) pairs that the model never saw together.
+    """
+
+    things: tuple[Entry, ...]
+    styles: tuple[Entry, ...]
+    phrasings: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    held_out_pairs: frozenset[tuple[str, str]] = frozenset()
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Vocabulary | None:
+        """The vocabulary in a model's folder; None where the model ships none.
+
+        Raises:
+            UserError: the file is there but is not a vocabulary.
+        """
+        path = Path(model_dir) / "vocabulary.json"
+        if not path.is_file():
+            return None
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                tuple(map(_entry, told["things"])),
+                tuple(map(_entry, told["styles"])),
+                told["phrasings"],
+                frozenset((thing, style) for thing, style in told.get("held_out_pairs", ())),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no vocabulary ({error!r}); remove it or restore it") from error
+
+    def entries(self, domain: str) -> tuple[Entry, ...]:
+        """The entries of "thing" or "style"."""
+        return self.things if domain == "thing" else self.styles
+
+    def names(self, domain: str, *, but: Collection[str] = ()) -> list[str]:
+        """Names in a domain, without those in `but`."""
+        return [entry.name for entry in self.entries(domain) if entry.name not in but]
+
+    def find(self, concept: str) -> tuple[str, Entry] | None:
+        """(domain, entry) of a concept given by name or synonym, with or without article; None if unknown."""
+        wanted = _plain(concept)
+        for domain in DOMAINS:
+            for entry in self.entries(domain):
+                if wanted in map(_plain, (entry.name, *entry.synonyms)):
+                    return domain, entry
+        return None
+
+    def domain_of(self, concept: str) -> str | None:
+        """ "thing", "style", or None for a concept the model does not know by name or synonym."""
+        found = self.find(concept)
+        return found[0] if found else None
+
+    def neighbours(self, domain: str, name: str) -> list[str]:
+        """The other names of a domain, those of the same group first."""
+        group = next((entry.group for entry in self.entries(domain) if entry.name == name), "")
+        others = [entry for entry in self.entries(domain) if entry.name != name]
+        return [entry.name for entry in sorted(others, key=lambda entry: not group or entry.group != group)]
+
+
+def expand_prompts(
+    templates: Sequence[str], vocabulary: Vocabulary | None, *, but: Collection[str] = ()
+) -> list[list[str]]:
+    """For each template, every prompt it stands for: {thing} and {style} run over what the model knows.
+
+    Args:
+        templates: texts that may hold {thing} and {style}.
+        vocabulary: of the model, or None.
+        but: concepts (names or synonyms) that {thing} and {style} leave out.
+
+    Raises:
+        UserError: a template holds {thing} or {style} and the model ships no vocabulary.
+    """
+    if vocabulary is None:
+        for template in templates:
+            if "{thing}" in template or "{style}" in template:
+                raise UserError(
+                    f"prompts: {template!r} holds {{thing}} or {{style}}, and this model ships no "
+                    "vocabulary.json to fill them from; write the prompts out"
+                )
+        return [[template] for template in templates]
+    known = {found[1].name for concept in but if (found := vocabulary.find(concept))}
+    things, styles = vocabulary.names("thing", but=known), vocabulary.names("style", but=known)
+    return [[prompt for prompt, _ in fill(template, things, styles)] for template in templates]
+
+
+def in_turns(choices: Sequence[Sequence[str]]) -> list[str]:
+    """One of each choice, then the next of each, until the longest is through: all weigh the same."""
+    longest = max((len(texts) for texts in choices), default=0)
+    return [texts[turn % len(texts)] for turn in range(longest) for texts in choices if texts]
+
+
+def _entry(told: Mapping[str, Any]) -> Entry:
+    """An entry of the file."""
+    return Entry(
+        str(told["name"]),
+        str(told.get("group", "")),
+        tuple(told.get("synonyms", ())),
+        tuple(told.get("hypernyms", ())),
+    )
+
+
+def _plain(text: str) -> str:
+    """A concept as it is compared: lower case, no article."""
+    words = text.lower().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

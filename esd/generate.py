@@ -1,0 +1,113 @@
+"""Draw prompts with a base and its erased model, side by side.
+
+    python -m esd.generate checkpoint=runs/cat prompts='[a cat, a dog]' run_dir=runs/cat-images
+
+Leaves `base/` and `erased/` with one PNG per prompt and sample, a manifest in each, and `contact_sheet.png`
+with both side by side. Images that are there already are kept, so the same command resumes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from esd.config import GenerateConfig
+from esd.main import run_program
+from esd.run import RunDirectory
+from esd.train import find_device, load
+
+if TYPE_CHECKING:
+    from esd.evaluation.generate import Manifest
+    from esd.evaluation.prompts import PromptRow
+
+SHEET_ROWS, SHEET_COLUMNS = 40, 6
+
+
+def main() -> None:
+    """The command line."""
+    run_program("generate", GenerateConfig, generate)
+
+
+def generate(config: GenerateConfig) -> int:
+    """Draws what `config` says; returns the exit code."""
+    run = RunDirectory(config.run_path(), config)
+    from esd.evaluation.prompts import load as load_prompts
+    from esd.families import check_model
+
+    check_model(config.model.path)
+    rows = load_prompts(config.prompts, seed=config.seed)
+    from esd import checkpoint
+
+    found = checkpoint.load(config.checkpoint) if config.checkpoint else None
+    images = len(rows) * config.images_per_prompt
+    print(
+        f"draw {images} images of {len(rows)} prompts with {config.model.path}"
+        + (f", and again without {', '.join(found.provenance.get('concepts', ()))}" if found else "")
+    )
+    if config.plan_only:
+        print(f"results would go to {run.path}; plan_only=true, so nothing was drawn")
+        return 0
+    family, _ = load(config, find_device(config.device))
+    if config.checkpoint:
+        checkpoint.apply(family.pipe, config.checkpoint)  # another base is refused before anything is written
+        checkpoint.remove(family.pipe)
+    run.create()
+    manifests = {"base": draw(config, family.pipe, rows, run, "base")}
+    if config.checkpoint:
+        with checkpoint.erased(family.pipe, config.checkpoint):
+            manifests["erased"] = draw(config, family.pipe, rows, run, "erased")
+    contact_sheet(manifests, rows, run)
+    print(f"results are in {run.path}: contact_sheet.png, {', '.join(f'{name}/' for name in manifests)}")
+    return 0
+
+
+def draw(config: GenerateConfig, pipe: Any, rows: list[PromptRow], run: RunDirectory, name: str) -> Manifest:
+    """Draws every row with the weights as they are into run/name."""
+    from esd.evaluation.generate import generate as draw_rows
+
+    return draw_rows(
+        pipe,
+        rows,
+        run / name,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        images_per_prompt=config.images_per_prompt,
+        checkpoint=config.checkpoint if name == "erased" else None,
+    )
+
+
+def contact_sheet(manifests: dict[str, Manifest], rows: list[PromptRow], run: RunDirectory) -> None:
+    """Writes contact_sheet.png: a row for each prompt, a column for each sample, the models side by side."""
+    import numpy as np
+    from PIL import Image
+
+    from esd.evaluation.preview import Row
+    from esd.evaluation.preview import draw as draw_page
+
+    samples = max(image.sample for image in manifests["base"].images) + 1
+    columns, shown = range(min(samples, SHEET_COLUMNS)), rows[:SHEET_ROWS]
+
+    def image(name: str, row: PromptRow, sample: int) -> np.ndarray:
+        with Image.open(run / name / f"{row.case_number}_{sample}.png") as opened:
+            return np.asarray(opened.convert("RGB"))
+
+    lines = [
+        Row(
+            row.prompt,
+            "",
+            np.stack([np.stack([image(name, row, sample) for name in manifests]) for sample in columns]),
+        )
+        for row in shown
+    ]
+    rest = "" if len(shown) == len(rows) else f" (the first {len(shown)} of {len(rows)} prompts)"
+    draw_page(
+        run / "contact_sheet.png",
+        lines,
+        [f"sample {sample + 1}" for sample in columns],
+        title=f"{' and '.join(manifests)}{rest}",
+        versions=tuple(manifests),
+    )
+
+
+if __name__ == "__main__":
+    main()

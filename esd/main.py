@@ -1,0 +1,170 @@
+"""The edge every program shares: instant help, composition by Hydra, one line for a mistake, exit codes.
+
+Exit codes: 0 done, 1 a fault of ours (with its traceback), 2 the user's mistake (one line: the value, what
+is allowed, how to mend it), 3 a gate failed, 143 stopped by SIGTERM and resumable with the same command.
+
+Hydra composes the configuration and runs sweeps; it owns no files. Its `multirun.yaml` goes to a scratch
+folder, and each job of a sweep gets a directory of its own below `run_dir`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from esd.config import conf_dir, fields_of
+from esd.errors import UserError
+
+# Hydra's own flags that are let through; --experimental-rerun, which unpickles a file, is not.
+FLAGS = (
+    "--multirun",
+    "--cfg",
+    "--resolve",
+    "--package",
+    "--info",
+    "--run",
+    "--version",
+    "--hydra-help",
+    "--config-dir",
+    "--config-name",
+    "--config-path",
+    "--shell-completion",
+)
+HELP_END = """\
+Flags: --multirun runs every combination of a=1,2 b=x,y, each in its own directory.
+--cfg job prints the settings as composed. The same command resumes a stopped run.
+Exit codes: 0 done, 2 a mistake in the input, 3 a gate failed, 143 stopped and resumable, 1 a fault of esd."""
+EXIT_USER = 2
+EXIT_STOPPED = 143
+
+
+def run_program(name: str, schema: type, task: Callable[[Any], int]) -> None:
+    """Runs `task(config)` for the command line in `sys.argv`; leaves with its exit code unless that is 0.
+
+    Args:
+        name: of the program and of its YAML file in conf/.
+        schema: the dataclass of its configuration, with `check()` and `run_path()`.
+        task: gets a checked instance of `schema`; returns an exit code; may raise UserError.
+    """
+    try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(name, schema))
+            return
+        for argument in sys.argv[1:]:
+            if argument.startswith("--") and argument.split("=")[0] not in FLAGS:
+                raise UserError(
+                    f"unknown flag {argument}; settings are given without dashes, as concepts=[cat]; --help lists all"
+                )
+        with tempfile.TemporaryDirectory(prefix="esd-sweep-") as scratch:
+            _run_hydra(name, schema, task, scratch)
+    except UserError as error:
+        sys.exit(tell(error))
+
+
+def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str) -> None:
+    """Composes the configuration as Hydra's own command line does and runs one job or a sweep of them."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def job(composed: DictConfig) -> None:
+        try:
+            config: Any = OmegaConf.to_object(composed)
+            config.check()
+            config.run_dir = str(_job_path(config.run_path()))
+            code = task(config)
+        except UserError as error:
+            code = tell(error)
+        if code:
+            raise SystemExit(code)  # an Exception would make Hydra print lines of its own
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they say of missing extras is no news to a user
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if {"--multirun", "-m"} & set(sys.argv):
+        settings = [argument for argument in sys.argv[1:] if argument not in ("--multirun", "-m")]
+        if not any(argument.startswith("hydra.sweep.dir=") for argument in settings):
+            settings.append(f"hydra.sweep.dir='{scratch}'")
+        sys.argv[1:] = ["--multirun", *settings]  # in front, for argparse reads no flag between settings
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, schema)) from error
+
+
+def _job_path(run_path: Path) -> Path:
+    """The run directory of this job: `run_path`; in a sweep, one below it named by number and settings."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return run_path
+    swept = [override for override in hydra.overrides.task if override not in sys.argv]
+    return run_path / re.sub(r"[^\w.-]+", "_", "_".join([str(hydra.job.num), *swept]))[:120]
+
+
+def tell(error: UserError) -> int:
+    """Prints the one line of a user's mistake, once over all processes; returns the exit code for it."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # a launcher ends all processes when one leaves; the one that speaks goes first
+    else:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return EXIT_USER
+
+
+def _explain(error: Exception, schema: type) -> str:
+    """One line for an error of Hydra or OmegaConf: what was typed, what is allowed, how to mend it."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read as SETTING=VALUE; quote text that holds quotes, commas, "
+            """brackets or =: 'concepts=["AC/DC, live"]'"""
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: allowed: {', '.join(error.options or ())}"
+    told = f"{error}\n{error.__cause__ or ''}"
+    if unknown := re.search(r"Could not override '(.+?)'", told):
+        near = difflib.get_close_matches(unknown[1], [field for field, _, _ in fields_of(schema())], n=3)
+        return f"unknown setting '{unknown[1]}'; nearest: {', '.join(near) or 'none'}; --help lists all"
+    internal = ("full_key:", "reference_type=", "object_type=")
+    lines = [line.strip() for line in told.splitlines() if line.strip() and not line.strip().startswith(internal)]
+    mend = "--help tells what each setting may be"
+    if "ListConfig" in told:
+        mend = "give a list, such as concepts=[cat]"
+    return "; ".join([*dict.fromkeys(lines), mend])
+
+
+def help_text(name: str, schema: type) -> str:
+    """The text of --help: an example, every setting with its default and meaning, groups, flags, codes."""
+    yaml = (conf_dir() / f"{name}.yaml").read_text()
+    example = yaml.splitlines()[0].lstrip("# ")
+    groups = re.findall(r"^  - (\w+):", yaml, flags=re.MULTILINE)
+    lines = [
+        f"usage: python -m esd.{name} SETTING=VALUE ...   (or: esd {name} ..., or accelerate launch -m esd.{name} ...)",
+        "",
+        f"  {example}",
+        "",
+        "Settings (= default):",
+    ]
+    for field, value, spec in fields_of(schema()):
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        one_of = f" [{', '.join(spec.metadata['one_of'])}]" if spec.metadata["one_of"] else ""
+        lines.append(f"  {f'{field}={shown}':<36} {spec.metadata['help']}{one_of}")
+    lines += ["", "Groups of settings, in conf/ (an experiment sets several at once):"]
+    for group in groups:
+        names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        lines.append(f"  {group}={' | '.join(names)}")
+    return "\n".join([*lines, "", HELP_END])

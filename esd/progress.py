@@ -1,0 +1,81 @@
+"""What a long run tells while it goes, and how it hears that it should stop.
+
+`metrics.jsonl` gets a line for every update, whole even when the run is killed; a progress bar shows the
+loss and the time left. SIGTERM, which clusters send before they take a machine away, is noted and acted on
+between two updates.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Log:
+    """metrics.jsonl, one line per update, and a progress bar with the loss and the time left.
+
+    Args:
+        path: of the file; lines after update `first` are dropped, they are about to be written again.
+        first: updates done before.
+        updates: updates in all.
+        enabled: False makes it silent, on all processes but one.
+    """
+
+    def __init__(self, path: Path, first: int, updates: int, *, enabled: bool) -> None:
+        self.path, self.first, self.updates, self.enabled = path, first, updates, enabled
+
+    def __enter__(self) -> Log:
+        if self.enabled:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+            self.file = self.path.open("w", encoding="utf-8")
+            self.file.writelines(lines[: self.first])
+        self.bar = tqdm(
+            total=self.updates,
+            initial=self.first,
+            unit="update",
+            disable=not self.enabled,
+            dynamic_ncols=True,
+        )
+        self.times: list[float] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.enabled:
+            self.file.close()
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Adds one update's metrics."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        self.bar.set_postfix(loss=f"{metrics['loss']:.3g}", refresh=False)
+        self.bar.update()
+        self.times.append(metrics["seconds"])
+        if len(self.times) == 5:  # the first update also builds the bank
+            left = (self.times[-1] - self.times[0]) / 4 * (self.updates - metrics["step"])
+            self.bar.write(f"about {left:.0f} s left" if left < 120 else f"about {left / 60:.0f} minutes left")
+
+
+@contextmanager
+def termination() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM has come; the old handler is back afterwards.
+
+    Outside the main thread, where Python delivers no signals, it never says so.
+    """
+    came: list[int] = []
+    try:
+        old = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, old)

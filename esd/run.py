@@ -1,0 +1,181 @@
+"""A run directory: what a run was asked to do, what it left, and whether it may be written to at all.
+
+    config.yaml           the resolved settings, the command and the versions: enough to do it again
+    metrics.jsonl         one line per update
+    erased.safetensors    float32 differences from the base, with provenance
+    preview.png           base and erased side by side
+    summary.json          rates before and after, as the judge reads them
+    state/                resumable training state; gone once training is done
+
+The same settings resume a run; other settings are refused, so that no directory ever mixes two runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esd.config import TrackerConfig, slug
+from esd.errors import UserError
+
+# Settings that change neither the images nor the weights a run makes, or that are compared on their own.
+NEUTRAL = ("plan_only", "device", "run_dir", "tracker", "evaluation")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Version of esd, Python and what the numbers depend on."""
+    from esd import __version__
+
+    found = {"esd": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+class RunDirectory:
+    """One run's directory. Making the object only looks; `create` is the first to write.
+
+    Args:
+        path: of the directory, which may not exist yet.
+        config: the run's configuration dataclass, already checked.
+
+    Raises:
+        UserError: the directory holds another run or other files, or cannot be written to.
+    """
+
+    def __init__(self, path: Path, config: Any) -> None:
+        self.path = path
+        self.program = type(config).__name__.removesuffix("Config").lower()
+        self.settings: dict[str, Any] = dataclasses.asdict(config)
+        self.stored = self._stored()
+        self._check()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether summary.json answers the evaluation asked for now."""
+        return (self / "summary.json").is_file() and (self.stored or {}).get("evaluation") == self.settings[
+            "evaluation"
+        ]
+
+    def create(self) -> None:
+        """Makes the directory and writes config.yaml; for the main process, before all other writing."""
+        from esd.storage import atomic
+
+        try:
+            with atomic(self / "config.yaml") as staged:
+                head = [
+                    f"# python -m esd.{self.program} {shlex.join(_typed())}".encode("unicode_escape").decode(),
+                    "# " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+                ]
+                body = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+                staged.write_text("\n".join([*head, body]), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run_dir={self.path} cannot be written to ({error.strerror}); choose another run_dir"
+            ) from error
+
+    def _stored(self) -> dict[str, Any] | None:
+        """The settings of the run that is here already, or None."""
+        try:
+            told = yaml.safe_load((self / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return None
+        return told if isinstance(told, dict) else None
+
+    def _check(self) -> None:
+        """Raises UserError unless this run may write here."""
+        existing = self.path
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(
+                f"run_dir={self.path}: {existing} is no directory that you may write to; choose another run_dir"
+            )
+        if self.stored is None:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(f"run_dir={self.path} holds files that are no run of esd; choose another run_dir")
+            return
+        for name in self.settings.keys() | self.stored.keys():
+            here, now = self.stored.get(name), self.settings.get(name)
+            if name not in NEUTRAL and here != now:
+                raise UserError(
+                    f"run_dir={self.path} holds another run ({_difference(name, here, now)}); choose another "
+                    "run_dir, or remove that directory"
+                )
+
+
+def _typed() -> list[str]:
+    """The settings as typed, without what the edge adds for a sweep."""
+    return [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
+
+
+def _difference(name: str, here: Any, now: Any) -> str:
+    """`objective.eta=2.0 there, 1.0 here` for the first setting that differs."""
+    if isinstance(here, dict) and isinstance(now, dict):
+        key = next(key for key in now.keys() | here.keys() if here.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", here.get(key), now.get(key))
+    return f"{name}={here} there, {now} here"
+
+
+def tracker_arguments(tracker: TrackerConfig, run: Path) -> dict[str, Any]:
+    """Arguments for `Accelerator(...)` that turn a tracker on, from a private environment for wandb.
+
+    wandb is told to record neither the command line, nor git, nor code: a token in one of them would leave
+    the machine.
+
+    Raises:
+        UserError: the tracker's package is not installed.
+    """
+    if tracker.name == "none":
+        return {}
+    if importlib.util.find_spec(tracker.name) is None:
+        raise UserError(f"tracker.name={tracker.name} is not installed; pip install {tracker.name}, or tracker=none")
+    for variable in ("WANDB_X_DISABLE_META", "WANDB_DISABLE_GIT", "WANDB_DISABLE_CODE"):
+        os.environ.setdefault(variable, "true")
+    return {"log_with": tracker.name, "project_dir": str(run / tracker.name)}
+
+
+def start_tracker(accelerator: Any, tracker: TrackerConfig, run: RunDirectory) -> None:
+    """Opens the tracker on the main process, with the settings as flat hyperparameters."""
+    if tracker.name == "none":
+        return
+    # The id outlives a restart: what an offline run and its resumption recorded is synced as one run.
+    identity = slug(str(run.path.resolve()))[-8:]
+    wandb = {
+        "mode": tracker.mode,
+        "dir": str(run.path),
+        "name": run.path.name,
+        "id": identity,
+        "resume": "allow",
+    }
+    accelerator.init_trackers(
+        tracker.project,
+        config=flat(run.settings),
+        init_kwargs={"wandb": wandb} if tracker.name == "wandb" else {},
+    )
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """`{"objective.eta": 1.0, ...}`: TensorBoard takes no nested values and no lists."""
+    leaves: dict[str, str | int | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return leaves

@@ -1,0 +1,398 @@
+"""The training loop, read top to bottom: teach a denoiser to steer away from a concept.
+
+One update: training points (x_t, t) with all the teacher's predictions come from a source (`esd.sources`);
+the objective makes the target of them; the student predicts; squared error, backward, clip, Adam, and a
+pull towards the base. Optionally a second source gives points of prompts to preserve, on which the student
+must go on saying what the teacher says: these points lie on the teacher's own paths for those prompts,
+where the erased model will walk, and the teacher's prediction there comes for free.
+
+Accelerate does devices, processes and mixed precision. Every random draw is keyed by (seed, purpose,
+update, sample), so a resumed run needs no saved generator, and n processes draw what one would. To resume,
+run the same command again.
+
+Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023 (arXiv:2303.07345). Ours: the
+bank, the preservation term on the teacher's paths, weight decay towards the base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from esd import checkpoint, objectives, seeding
+from esd.errors import UserError
+from esd.families import Conditioning, Family
+from esd.objectives import Objective
+from esd.progress import Log, termination
+from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling
+from esd.storage import State, load_state, save_state
+from esd.weights import Views
+
+Source = OnPolicy | Bank
+
+
+class Stopped(Exception):
+    """SIGTERM came between two updates: the state is saved, the same command resumes."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything that decides the erased weights, besides the base.
+
+    Attributes:
+        concepts: what is erased; provenance only, `prompts` is what is trained on.
+        prompts: training prompts that name the concepts; taken in turn, and one may stand several times.
+        erase_from: () or as many prompts: erase the concept only as an attribute of these.
+        preserve: prompts whose prediction should stay; () for none.
+        preserve_weight: of that term.
+        selection: expression for the trained parameters.
+        objective: anchor, eta, weighting.
+        sampling: how x_t is drawn.
+        sampler: who draws it, the "student" (the paper) or the "teacher".
+        sample_with: prompt of the rollouts where erase_from is set.
+        rollouts: in the bank; 0 rolls out anew for every update.
+        reuse: of a point in the bank.
+        updates: optimizer steps.
+        batch_size: points per forward pass and process.
+        gradient_accumulation: forward passes per update.
+        lr: learning rate; lr_schedule "constant", "cosine" or "linear" after `warmup` updates.
+        betas: of Adam.
+        weight_decay: share of the way back to the base per update, times lr.
+        clip_norm: largest gradient norm, 0 for no limit.
+        gradient_checkpointing: less memory, more time, same gradients.
+        save_every: updates between resumable states, 0 for none but when stopped.
+        seed: of every draw.
+    """
+
+    concepts: tuple[str, ...]
+    prompts: tuple[str, ...]
+    selection: str = "esd_x"
+    erase_from: tuple[str, ...] = ()
+    preserve: tuple[str, ...] = ()
+    preserve_weight: float = 1.0
+    objective: Objective = field(default_factory=Objective)
+    sampling: Sampling = field(default_factory=Sampling)
+    sampler: Literal["student", "teacher"] = "teacher"
+    sample_with: Literal["erase_from", "concept"] = "erase_from"
+    rollouts: int = 24
+    reuse: int = 8
+    updates: int = 150
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    lr: float = 3e-5
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    save_every: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training left: the checkpoint, how many values were trained, and how long all sittings took."""
+
+    path: Path
+    parameters: int
+    seconds: float
+
+
+def train(
+    family: Family,
+    plan: TrainPlan,
+    run_dir: Path,
+    accelerator: Any,
+    *,
+    versions: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Trains, and writes `run_dir/erased.safetensors`; the family's model is the base again afterwards.
+
+    Args:
+        family: of a model on the accelerator's device.
+        plan: what to do.
+        run_dir: gets metrics.jsonl, the checkpoint and, while training, state/.
+        accelerator: an `accelerate.Accelerator`, its trackers started if there are any.
+        versions: for provenance.
+
+    Raises:
+        UserError: see `describe`; or the state in run_dir is of another plan or base.
+        Stopped: SIGTERM came; the state is saved.
+    """
+    selection = family.select(plan.selection)
+    views = Views(family.denoiser, selection.names)
+    denoiser: Any = family.denoiser
+    if plan.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
+    family.release_encoders()
+    adam = torch.optim.Adam(views.parameters(), lr=plan.lr, betas=plan.betas)
+    student, optimizer = accelerator.prepare(views.student, adam)
+    identity = {
+        "plan": json.loads(json.dumps(asdict(plan))),
+        "base": checkpoint.fingerprint(views.base),
+        "processes": accelerator.num_processes,
+    }
+    first, earlier = resume(run_dir / "state", views, adam, identity)
+    if first:
+        accelerator.print(f"resuming after update {first} of {plan.updates}")
+    log = Log(run_dir / "metrics.jsonl", first, plan.updates, enabled=accelerator.is_main_process)
+    started = time.perf_counter()
+
+    def spent() -> float:
+        return earlier + time.perf_counter() - started
+
+    with log, termination() as stopping:
+        for step in range(first, plan.updates):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(plan, step)
+            losses = torch.zeros(2, device=accelerator.device)  # erase, preserve
+            for micro in range(plan.gradient_accumulation):
+                indices = sample_indices(plan, micro, accelerator.process_index, accelerator.num_processes)
+                erase = erasing.points(step, indices)
+                keep = preserving.points(step, indices) if preserving else None
+                last = micro == plan.gradient_accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(student):
+                    terms = loss_terms(family, plan.objective, student, erase, erasing, keep, preserving)
+                    total = terms[0] + plan.preserve_weight * terms[1]
+                    accelerator.backward(total / plan.gradient_accumulation)
+                losses += terms.detach() / plan.gradient_accumulation
+            norm = accelerator.clip_grad_norm_(views.parameters(), plan.clip_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = pull_towards_base(views, learning_rate(plan, step) * plan.weight_decay)
+            erase_loss, preserve_loss = accelerator.reduce(losses, "mean").tolist()
+            metrics = {
+                "step": step + 1,
+                "loss": erase_loss + plan.preserve_weight * preserve_loss,
+                "loss_erase": erase_loss,
+                "loss_preserve": preserve_loss,
+                "lr": learning_rate(plan, step),
+                "grad_norm": float(norm),
+                "delta_norm": moved,
+                "seconds": spent(),
+            }
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(
+                    f"training.lr={plan.lr}: the loss is {metrics['loss']} after {step + 1} updates; lower "
+                    "training.lr or objective.eta"
+                )
+            log.write(metrics)
+            accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step + 1)
+            stop = any_process(accelerator, stopping())
+            if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
+                if accelerator.is_main_process:
+                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent()))
+                accelerator.wait_for_everyone()
+            if stop:
+                raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes")
+
+    seconds, path = spent(), run_dir / checkpoint.FILE_NAME
+    if accelerator.is_main_process:
+        checkpoint.save(path, views.differences(), provenance(family, plan, views, seconds, versions or {}))
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # takes autocast off the model's forward
+    if plan.gradient_checkpointing:
+        denoiser.disable_gradient_checkpointing()
+    views.restore()
+    family.recall_encoders()
+    return TrainResult(path, selection.numel, seconds)
+
+
+def point_sources(
+    family: Family,
+    plan: TrainPlan,
+    student: Any,
+    teacher: Any,
+    num_processes: int,
+) -> tuple[Source, Source | None]:
+    """Where the points to erase and to preserve come from; encodes every prompt and samples nothing yet.
+
+    Preserved points are always the teacher's: they are what must not change.
+
+    Raises:
+        UserError: the time rule does not fit the scheduler, or the bank cannot fill one update.
+    """
+    null = family.encode([""])
+    per_update = plan.batch_size * plan.gradient_accumulation * num_processes
+
+    def source(conditions: Conditions, sampler: Any, seed: int) -> Source:
+        if not plan.rollouts:
+            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, per_update=per_update, seed=seed)
+        return Bank(
+            family,
+            teacher,
+            conditions,
+            plan.sampling,
+            rollouts=plan.rollouts,
+            reuse=plan.reuse,
+            per_update=per_update,
+            seed=seed,
+            sampler=None if sampler is teacher else sampler,
+        )
+
+    erase_from = family.encode(plan.erase_from) if plan.erase_from else None
+    conditions = Conditions(family.encode(plan.prompts), null, erase_from, plan.sample_with)
+    erasing = source(conditions, student if plan.sampler == "student" else teacher, plan.seed)
+    if not plan.preserve:
+        return erasing, None
+    kept = Conditions(family.encode(plan.preserve), null)
+    return erasing, source(kept, teacher, seeding.derive(plan.seed, "preserve"))
+
+
+def loss_terms(
+    family: Family,
+    objective: Objective,
+    student: Any,
+    erase: Points,
+    erasing: Source,
+    keep: Points | None,
+    preserving: Source | None,
+) -> Tensor:
+    """(erase, preserve) losses, float32 (2,), from one call of the student over both batches."""
+    parts = [
+        (
+            erase,
+            erasing.conditions,
+            objectives.target(erase.anchor(objective.anchor), erase.concept, erase.null, eta=objective.eta),
+        )
+    ]
+    if keep is not None and preserving is not None:
+        parts.append((keep, preserving.conditions, keep.concept))
+    cond = Conditioning.cat([conditions.student[points.prompt] for points, conditions, _ in parts])
+    x, t = (torch.cat([getattr(points, name) for points, _, _ in parts]) for name in ("x", "t"))
+    predictions = family.predict(student, x, t, cond).split([len(points) for points, _, _ in parts])
+    losses = []
+    for (points, _, target), prediction in zip(parts, predictions, strict=True):
+        weight = None
+        if objective.weighting != "native":
+            alpha, sigma = family.alpha_sigma(points.t)
+            weight = objectives.weight(objective.weighting, family.prediction_type, alpha, sigma)
+        losses.append(objectives.loss(prediction, target, weight))
+    return torch.stack(losses if len(losses) == 2 else [losses[0], torch.zeros_like(losses[0])])
+
+
+def sample_indices(plan: TrainPlan, micro: int, process: int, num_processes: int) -> range:
+    """Sample numbers, within the update and over all processes, of one forward pass of one process."""
+    start = (micro * num_processes + process) * plan.batch_size
+    return range(start, start + plan.batch_size)
+
+
+def learning_rate(plan: TrainPlan, step: int) -> float:
+    """Learning rate of update `step` (from 0): a rise over `warmup` updates, then the schedule, never 0."""
+    if step < plan.warmup:
+        return plan.lr * (step + 1) / (plan.warmup + 1)
+    done = (step - plan.warmup) / max(1, plan.updates - plan.warmup)
+    shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
+    return plan.lr * shape[plan.lr_schedule]
+
+
+@torch.no_grad()
+def pull_towards_base(views: Views, share: float) -> float:
+    """Moves the student this share of the way back to the base; returns its distance from it then (L2).
+
+    Weight decay shrinks weights to 0, which a trained model is not made of; here 0 is the base.
+    """
+    squares = []
+    for name, parameter in views.named_parameters().items():
+        base = views.base[name].float()
+        if share:
+            parameter.lerp_(base, share)
+        squares.append((parameter - base).square().sum())
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def state(step: int, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], seconds: float) -> State:
+    """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent."""
+    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    for name, parameter in views.named_parameters().items():
+        for moment, tensors in moments.items():
+            tensors[name] = adam.state[parameter][moment]
+    return State(step, {"student": views.values(), **moments}, {"identity": identity, "seconds": seconds})
+
+
+def resume(folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any]) -> tuple[int, float]:
+    """Puts the newest valid state into the student and Adam; returns (updates done, seconds spent) or zeros.
+
+    Raises:
+        UserError: the state is of another plan or of another base.
+    """
+    saved = load_state(folder)
+    if saved is None:
+        return 0, 0.0
+    if saved.facts["identity"] != identity:
+        raise UserError(
+            f"{folder} holds the state of another plan, base or number of processes; "
+            "choose another run_dir, or remove it"
+        )
+    views.load_values(saved.tensors["student"])
+    for name, parameter in views.named_parameters().items():
+        moments = {moment: saved.tensors[moment][name].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
+        adam.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
+    return saved.step, float(saved.facts["seconds"])
+
+
+def provenance(
+    family: Family, plan: TrainPlan, views: Views, seconds: float, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to recognise its base and to train it again."""
+    return {
+        "base": family.base_name,
+        "family": family.name,
+        "fingerprint": checkpoint.fingerprint(views.base),
+        **asdict(plan),
+        "parameters": sum(p.numel() for p in views.parameters()),
+        "seconds": round(seconds, 3),
+        "versions": dict(versions),
+    }
+
+
+def any_process(accelerator: Any, flag: bool) -> bool:
+    """Whether the flag is up on any process; all processes get the same answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+
+
+def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
+    """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
+
+    Raises:
+        UserError: the selection matches nothing, or see `point_sources`.
+    """
+    point_sources(family, plan, None, None, num_processes)
+    objective, sampling = plan.objective, plan.sampling
+    selection = family.select(plan.selection).describe().replace("\n", f"\n{'':11}")
+    points = plan.batch_size * plan.gradient_accumulation * num_processes
+    anew = "anew for every update"
+    bank = f"a bank of {plan.rollouts} rollouts, each point used up to {plan.reuse} times"
+    lines = {
+        "erase": ", ".join(plan.concepts),
+        "base": f"{family.base_name} ({family.name}, predicts {family.prediction_type})",
+        "train": selection,
+        "prompts": listed(plan.prompts),
+        "from": listed(plan.erase_from),
+        "preserve": plan.preserve and f"{listed(plan.preserve)}, weight {plan.preserve_weight:g}",
+        "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
+        "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps at guidance "
+        f"{sampling.guidance_scale:g}, {bank if plan.rollouts else anew}",
+        "updates": f"{plan.updates} of {points} points, lr {plan.lr:g} {plan.lr_schedule}",
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in lines.items() if text)
+
+
+def listed(texts: Sequence[str], most: int = 6) -> str:
+    """The different texts, the first few spelled out and the rest counted."""
+    different = list(dict.fromkeys(texts))
+    rest = f" and {len(different) - most} more" if len(different) > most else ""
+    return ", ".join(repr(text) for text in different[:most]) + rest

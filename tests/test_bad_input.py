@@ -1,0 +1,156 @@
+"""Bad input: exit code 2, one line that names the value and the mend, and nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from esd.config import slug
+from tests.programs import FAST, Command
+from tests.test_generate import FAST as FAST_IMAGES
+from tests.test_generate import erased_weights
+
+CAT = "concepts=[cat]"
+
+
+def refused(command: Command, told: str, program: str, *arguments: str) -> None:
+    """The program ends with 2 and one line that holds `told`, and leaves no new file."""
+    before = command.files()
+    ended = command(program, *arguments)
+    assert ended.code == 2, ended
+    assert told in ended.err
+    assert ended.err.startswith("error: ") and len(ended.err.splitlines()) == 1
+    assert command.files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["concepts=[]"], "concepts=[] names nothing"),
+        (["concepts=['']"], "'' is empty"),
+        (["concepts=['  ']"], "is empty"),
+        ([f"concepts=[{'x' * 10_000}]"], "10000 characters"),
+        (['concepts=["cat\ndog"]'], "line break"),
+        (["concepts=[Beyonce']"], "quote text"),
+        (["concepts=cat"], "give a list"),
+        ([CAT, "objective.eta=nan"], "objective.eta=nan: allowed: a finite number, at least 0"),
+        ([CAT, "objective.eta=-1"], "objective.eta=-1"),
+        ([CAT, "objective.eta=much"], "'much'"),
+        ([CAT, "objective.etta=1"], "nearest: objective.eta"),
+        ([CAT, "objective=none_such"], "allowed: concept_anchor, esd"),
+        ([CAT, "trajectory.num_steps=0"], "trajectory.num_steps=0"),
+        ([CAT, "training.updates=0"], "training.updates=0"),
+        ([CAT, "model.path=nowhere"], "'nowhere', which does not exist"),
+        ([CAT, "prompts=['a dog']"], "never names the concept"),
+        ([CAT, "device=abacus"], "device=abacus"),
+        ([CAT, "run_dir=base/model_index.json/run"], "no directory that you may write to"),
+        ([CAT, "run_dir=base"], "no run of esd"),
+        ([CAT, "--force"], "unknown flag --force"),
+        ([CAT, "--multirun", "objective.eta=-1,-2"], "objective.eta=-1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "",
+)
+def test_a_mistake_is_told_before_anything_is_loaded(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("esd.families.load_pipeline", loads)
+    refused(command, told, "train", *FAST, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["selection=attn3"], "nearest: attn1, attn2"),
+        (["prompts=['a {} in {style}']"], "ships no vocabulary.json"),
+        (["trajectory.time_rule=compvis"], "scheduler=ddim"),
+        (["trajectory.scheduler=magic"], "scheduler is 'magic'"),
+        (
+            ["trajectory.rollouts=1", "trajectory.reuse=1", "training.batch_size=64"],
+            "raise rollouts or reuse",
+        ),
+    ],
+    ids=["selection", "template", "time rule", "scheduler", "bank"],
+)
+def test_a_mistake_that_only_the_model_can_tell_writes_nothing_either(
+    command: Command, arguments: list[str], told: str
+) -> None:
+    refused(command, told, "train", CAT, *FAST, *arguments)
+
+
+def test_a_run_directory_of_another_run_is_refused(command: Command) -> None:
+    assert command("train", CAT, "run_dir=run", *FAST, "plan_only=false").code == 0
+    refused(
+        command,
+        "holds another run (objective.eta=1.0 there, 2.0 here)",
+        "train",
+        CAT,
+        "run_dir=run",
+        *FAST,
+        "objective.eta=2",
+    )
+    refused(command, "holds another run", "generate", "prompts=[a cat]", "run_dir=run", *FAST_IMAGES)
+
+
+@pytest.mark.parametrize("concept", ["AC/DC", "../../etc", 'Kilian Eng\'s "art"', "🐱", "-rf", "CON", "a: b"])
+def test_a_concept_that_is_no_file_name_still_gets_a_directory(command: Command, concept: str) -> None:
+    quoted = json.dumps(concept, ensure_ascii=False)
+    ended = command("train", f"concepts=[{quoted}]", *FAST, "plan_only=true")
+    assert ended.code == 0, ended.err
+    assert f"runs/{slug(concept)}" in ended.out and command.files() == set()
+
+
+def test_weights_of_another_base_are_refused_before_anything_is_drawn(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors", seed=1)
+    refused(
+        command,
+        "another base",
+        "generate",
+        "checkpoint=weights",
+        "prompts=[a cat]",
+        "run_dir=out",
+        *FAST_IMAGES,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "nothing to draw"),
+        (["prompts=[]"], "nothing to draw"),
+        (["prompts=none.csv"], "none.csv does not exist"),
+        (["prompts=[a cat,a cat]"], "stands twice"),
+        (["prompts=[a cat]", "checkpoint=nowhere"], "nowhere"),
+        (["prompts=[a cat]", "num_steps=0"], "num_steps=0"),
+        (["prompts=[a cat]", "guidance_scale=nan"], "guidance_scale=nan"),
+        (["prompts=[a cat]", "model.path=nowhere"], "does not exist"),
+    ],
+)
+def test_mistakes_in_what_to_draw(command: Command, arguments: list[str], told: str) -> None:
+    refused(command, told, "generate", *FAST_IMAGES, *arguments)
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def foreign(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("harm", [damaged, foreign, Path.unlink])
+def test_a_checkpoint_that_cannot_be_used(command: Command, harm: object) -> None:
+    file = erased_weights(command.folder / "weights/erased.safetensors")
+    harm(file)  # type: ignore[operator]
+    refused(command, "weights", "files", "inspect", "weights")
+    refused(command, "weights", "generate", "checkpoint=weights", "prompts=[a cat]", "run_dir=out", *FAST_IMAGES)
+    shutil.rmtree(command.folder / "weights")
+
+
+def test_a_program_that_does_not_exist(command: Command) -> None:
+    ended = command("cli", "erase")
+    assert ended.code == 2 and "allowed: train, generate, files" in ended.err

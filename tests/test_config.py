@@ -1,0 +1,99 @@
+"""Configuration: every value is checked before anything heavy happens; any text makes a safe file name."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esd.config import GenerateConfig, TrainConfig, conf_dir, fields_of, slug
+from esd.errors import UserError
+
+
+def config(**settings: object) -> TrainConfig:
+    """A good configuration, changed at dotted names written with two underscores."""
+    made = TrainConfig(concepts=["cat"])
+    for name, value in settings.items():
+        *path, last = name.split("__")
+        section: object = made
+        for part in path:
+            section = getattr(section, part)
+        setattr(section, last, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"concepts": []}, "concepts=[]"),
+        ({"concepts": [" "]}, "empty"),
+        ({"concepts": ["x" * 10_000]}, "10000 characters"),
+        ({"concepts": ["cat\ndog"]}, "line break"),
+        ({"concepts": ["a {thing}"]}, "brace"),
+        ({"concepts": ["cat", "cat"]}, "twice"),
+        ({"erase_from": ["cowboy", "man"]}, "erase_from"),
+        ({"prompts": []}, "prompts=[]"),
+        ({"prompts": ["a cat"]}, "never names the concept"),
+        ({"objective__eta": math.nan}, "objective.eta=nan"),
+        ({"objective__eta": math.inf}, "objective.eta=inf"),
+        ({"objective__eta": -1.0}, "objective.eta=-1.0"),
+        ({"objective__anchor": "cat"}, "null, concept"),
+        ({"trajectory__num_steps": 0}, "trajectory.num_steps=0"),
+        ({"training__updates": 0}, "training.updates=0"),
+        ({"training__lr": 0.0}, "training.lr=0.0"),
+        ({"training__betas": [0.9, 1.0]}, "training.betas"),
+        ({"training__betas": [0.9]}, "takes two"),
+        ({"training__weight_decay": -0.1}, "training.weight_decay"),
+        ({"evaluation__num_steps": 0}, "evaluation.num_steps=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"device": "gpu"}, "device=gpu"),
+        ({"tracker__name": "excel"}, "none, wandb, tensorboard"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        config(**settings).check()
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("concept", ["AC/DC", 'Kilian Eng\'s "art"', "🐱", "👩‍🚀", "Beyoncé", "猫", "a, b"])
+def test_any_line_of_text_may_be_a_concept(concept: str) -> None:
+    config(concepts=[concept]).check()
+
+
+def test_an_anchor_of_null_in_yaml_is_the_null_anchor() -> None:
+    made = config(objective__anchor=None)
+    made.check()
+    assert made.objective.anchor == "null"
+
+
+@given(st.text(min_size=1, max_size=200))
+def test_a_slug_is_one_safe_path_component(text: str) -> None:
+    assert Path(slug(text)).name == slug(text)
+    assert slug(text).isascii() and len(slug(text)) <= 60 and not slug(text).startswith((".", "-"))
+
+
+def test_slugs_tell_apart_what_looks_alike() -> None:
+    assert len({slug(text) for text in ("AC/DC", "ac-dc", "AC DC", "🐱", "🐶")}) == 5
+
+
+def test_the_run_directory_is_named_after_the_concepts() -> None:
+    assert config(concepts=["AC/DC"]).run_path() == Path("runs") / slug("AC/DC")
+    assert config(run_dir="elsewhere").run_path() == Path("elsewhere")
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, GenerateConfig])
+def test_every_setting_says_what_it_means(schema: type) -> None:
+    assert all(spec.metadata["help"] for _, _, spec in fields_of(schema()))
+
+
+def test_defaults_keep_their_own_rules() -> None:
+    config().check()
+    dataclasses.replace(GenerateConfig(), prompts=["a cat"]).check()
+
+
+def test_the_folder_of_settings_is_found() -> None:
+    assert (conf_dir() / "train.yaml").is_file()

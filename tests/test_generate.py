@@ -1,0 +1,120 @@
+"""Images: one generator each, written once, base and erased side by side."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from esd import checkpoint
+from esd.errors import UserError
+from esd.evaluation.generate import Manifest, generate, sample
+from esd.evaluation.preview import Row, draw
+from esd.evaluation.prompts import PromptRow
+from tests import tiny
+from tests.programs import Command
+
+SETTINGS = {"num_steps": 2, "guidance_scale": 3.0}
+FAST = ("model.path=base", "num_steps=2", "device=cpu")
+
+
+def erased_weights(path: Path, seed: int = 0) -> Path:
+    """A checkpoint that changes the tiny base of that seed visibly."""
+    unet = tiny.pipeline(seed=seed).unet
+    base = {name: value for name, value in unet.named_parameters() if "conv_in" in name}
+    differences = {name: torch.full_like(value, 0.5) for name, value in base.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(
+        path, differences, {"fingerprint": checkpoint.fingerprint(base), "concepts": ["cat"], "base": "base"}
+    )
+    return path
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_an_image_does_not_depend_on_its_batch(batch_size: int) -> None:
+    pipe, prompts, seeds = tiny.pipeline(), ["a cat", "a dog", "a rose"], [3, 1, 2]
+    together = sample(pipe, prompts, seeds, batch_size=3, **SETTINGS)
+    apart = sample(pipe, prompts[::-1], seeds[::-1], batch_size=batch_size, **SETTINGS)[::-1]
+    assert together.shape == (3, 16, 16, 3) and together.dtype == np.uint8
+    assert np.abs(together.astype(int) - apart).max() <= 1  # rounding to 8 bits
+
+
+def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    rows = [PromptRow(7, "a cat", 1, labels={"thing": "cat"}), PromptRow(9, "a dog", 5, guidance=1.0)]
+    told = generate(pipe, rows, tmp_path, batch_size=2, images_per_prompt=2, **SETTINGS)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "7_0.png",
+        "7_1.png",
+        "9_0.png",
+        "9_1.png",
+    ]
+    assert [(image.seed, image.guidance) for image in told.images] == [(1, 3.0), (2, 3.0), (5, 1.0), (6, 1.0)]
+    assert Manifest.load(tmp_path) == told
+    kept = (tmp_path / "7_0.png").stat().st_mtime_ns
+    (tmp_path / "9_1.png").unlink()
+    assert generate(pipe, rows, tmp_path, batch_size=2, images_per_prompt=2, **SETTINGS) == told
+    assert (tmp_path / "7_0.png").stat().st_mtime_ns == kept and (tmp_path / "9_1.png").exists()
+    alone = sample(pipe, ["a dog"], [6], num_steps=2, guidance_scale=1.0, batch_size=1)[0]
+    assert np.abs(np.asarray(Image.open(tmp_path / "9_1.png")).astype(int) - alone).max() <= 1
+
+
+def test_a_folder_without_images_has_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no manifest"):
+        Manifest.load(tmp_path)
+
+
+def test_a_picture_holds_every_row_and_column(tmp_path: Path) -> None:
+    rows = [Row(name, "target", np.full((3, 2, 8, 8, 3), 200, np.uint8)) for name in ("cat", "x" * 500)]
+    draw(tmp_path / "small.png", rows[:1], ["a", "b", "c"], title="erased: cat")
+    draw(tmp_path / "large.png", rows, ["a", "b", "c" * 300], title="erased: cat 猫 🐱")
+    small, large = Image.open(tmp_path / "small.png"), Image.open(tmp_path / "large.png")
+    assert large.height > small.height + 100 and large.width < 2000
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    ended = command("generate", "checkpoint=weights", "prompts=[a cat, a dog]", "run_dir=out", *FAST)
+    assert ended.code == 0, ended.err
+    left = {name.removeprefix("out/") for name in command.files() if name.startswith("out/")}
+    assert left == {
+        "config.yaml",
+        "contact_sheet.png",
+        "base",
+        "erased",
+        *(f"{folder}/{name}" for folder in ("base", "erased") for name in ("0_0.png", "1_0.png", "manifest.json")),
+    }
+    images = [np.asarray(Image.open(command.folder / "out" / name / "0_0.png")) for name in ("base", "erased")]
+    assert np.abs(images[0].astype(int) - images[1]).max() > 3
+    assert json.loads((command.folder / "out/erased/manifest.json").read_text())["checkpoint"] == "weights"
+
+
+def test_prompts_come_from_a_file_and_the_base_may_be_drawn_alone(command: Command) -> None:
+    (command.folder / "p.csv").write_text("case_number,prompt,evaluation_seed\n4,a cat,11\n")
+    ended = command("generate", "prompts=p.csv", "run_dir=out", "images_per_prompt=2", *FAST)
+    assert ended.code == 0, ended.err
+    assert {"out/base/4_0.png", "out/base/4_1.png", "out/contact_sheet.png"} <= command.files()
+    assert "out/erased" not in command.files()
+
+
+def test_a_plan_draws_nothing(command: Command) -> None:
+    ended = command("generate", "prompts=[a cat]", "plan_only=true", *FAST)
+    assert ended.code == 0 and command.files() == set()
+
+
+def test_files_inspects_and_exports(command: Command) -> None:
+    file = erased_weights(command.folder / "weights/erased.safetensors")
+    told = command("files", "inspect", str(file))
+    assert told.code == 0 and '["cat"]' in told.out and "conv_in.weight" in told.out
+    assert command("files", "export", "--format", "official", str(file), "--out", "official.safetensors").code == 0
+    from safetensors.torch import load_file
+
+    unet, weights = tiny.pipeline().unet, load_file(command.folder / "official.safetensors")
+    base = {name: value.clone() for name, value in unet.state_dict().items()}
+    assert unet.load_state_dict(weights, strict=False).unexpected_keys == []
+    assert all(torch.allclose(unet.state_dict()[name], base[name] + 0.5) for name in weights)
+    again = command("files", "export", "--format", "official", str(file), "--out", "official.safetensors")
+    assert again.code == 2 and "exists" in again.err

@@ -1,0 +1,146 @@
+"""Rates: the interval is Wilson's, targets are told from the retained, and every row of the exam is fair."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esd.evaluation.erasure import exam, known_concepts, preview_lines
+from esd.evaluation.metrics import NO_RATE, erasure_rates, wilson
+from esd.evaluation.prompts import PromptRow
+from esd.evaluation.vocabulary import Entry, Vocabulary
+
+HELD_OUT = {
+    "both": ["a {thing} in {style}", "{style} art: {thing}"],
+    "thing": ["one {thing}"],
+    "style": ["{style} art"],
+}
+VOCABULARY = Vocabulary(
+    tuple(
+        Entry(name, group)
+        for name, group in [
+            ("cat", "animals"),
+            ("dog", "animals"),
+            ("fox", "animals"),
+            ("cow", "animals"),
+            ("rose", "plants"),
+            ("car", ""),
+        ]
+    ),
+    tuple(Entry(name) for name in ("mosaic", "neon", "ink", "chalk", "pixel")),
+    {"held_out": HELD_OUT},
+    frozenset({("cat", "neon"), ("dog", "ink")}),
+)
+
+
+@dataclass
+class Seen:
+    thing: list[str]
+    style: list[str]
+    neither: list[bool]
+
+
+def test_wilson_agrees_with_published_values() -> None:
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20
+    for k, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
+        assert wilson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_rate_inside_zero_and_one(counts: tuple[int, int]) -> None:
+    k, n = counts
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_no_rate_of_impossible_counts(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="no rate"):
+        wilson(k, n)
+
+
+def rows(*labels: dict[str, str]) -> list[PromptRow]:
+    return [PromptRow(i, "", i, labels=label) for i, label in enumerate(labels)]
+
+
+def test_target_same_domain_and_cross_domain_are_counted_apart() -> None:
+    asked = rows(
+        {"thing": "cat", "style": "neon"},
+        {"thing": "cat"},
+        {"thing": "dog", "style": "ink"},
+        {"thing": "car", "style": "ink"},
+    )
+    before = Seen(["cat", "cat", "dog", "car"], ["neon", "ink", "ink", "ink"], [False] * 4)
+    after = Seen(["dog", "cat", "dog", "cat"], ["neon", "ink", "ink", "neon"], [False, True, False, False])
+    rates = erasure_rates(asked, before, after, {"cat": "thing"})
+    assert (rates["target"]["before"], rates["target"]["after"], rates["target"]["n"]) == (1.0, 0.0, 2)
+    assert (rates["same_domain"]["before"], rates["same_domain"]["after"], rates["same_domain"]["n"]) == (
+        1.0,
+        0.5,
+        2,
+    )
+    assert (rates["cross_domain"]["after"], rates["target_style"]["after"], rates["target_style"]["n"]) == (
+        0.5,
+        1.0,
+        1,
+    )
+    assert rates["neither"] == 0.5
+    assert rates["target"]["interval"] == list(wilson(0, 2))
+
+
+def test_an_erased_style_swaps_the_domains() -> None:
+    asked = rows({"thing": "cat", "style": "neon"}, {"thing": "cat", "style": "ink"})
+    seen = Seen(["cat", "cat"], ["neon", "ink"], [False, False])
+    rates = erasure_rates(asked, seen, seen, {"neon": "style"})
+    assert rates["target"]["n"] == rates["target_thing"]["n"] == rates["cross_domain"]["n"] == 1
+
+
+def test_a_domain_without_rows_has_no_rate() -> None:
+    seen = Seen(["cat"], ["neon"], [False])
+    assert erasure_rates(rows({"thing": "cat"}), seen, seen, {"cat": "thing"})["same_domain"] == NO_RATE
+
+
+@pytest.mark.parametrize("concepts", [{"cat": "thing"}, {"ink": "style"}, {"cat": "thing", "ink": "style"}])
+def test_the_exam_asks_for_targets_and_for_everything_else_but_never_for_unseen_pairs(
+    concepts: dict[str, str],
+) -> None:
+    asked = exam(VOCABULARY, concepts, 40, 60)
+    named = [set(row.labels.values()) & set(concepts) for row in asked]
+    assert all(named[:40]) and not any(named[40:])
+    assert len({row.evaluation_seed for row in asked}) == len(asked) == 100
+    assert not {(row.labels.get("thing"), row.labels.get("style")) for row in asked} & VOCABULARY.held_out_pairs
+    assert all({"thing", "style"} == set(row.labels) for row in asked[40:])
+    assert asked == exam(VOCABULARY, concepts, 40, 60)
+
+
+def test_the_exam_spreads_over_styles() -> None:
+    styles = [row.labels.get("style") for row in exam(VOCABULARY, {"cat": "thing"}, 90, 0)]
+    counts = {style: styles.count(style) for style in set(styles)}
+    assert counts == {"mosaic": 20, "ink": 20, "chalk": 20, "pixel": 20, None: 10}
+
+
+def test_rates_are_refused_with_their_reason() -> None:
+    judge = object()
+    assert known_concepts(["cat"], VOCABULARY, judge) == ({"cat": "thing"}, None)
+    assert "no 'unicorn'" in str(known_concepts(["unicorn"], VOCABULARY, judge)[1])
+    assert "no judge" in str(known_concepts(["cat"], VOCABULARY, None)[1])
+    assert "no vocabulary" in str(known_concepts(["cat"], None, judge)[1])
+
+
+def test_the_preview_of_a_thing_runs_across_styles_and_of_a_style_across_things() -> None:
+    lines, columns = preview_lines(["cat"], VOCABULARY, 3)
+    assert [(line.label, line.role) for line in lines] == [
+        ("cat", "target"),
+        ("dog", "neighbour"),
+        ("fox", "neighbour"),
+        ("cow", "neighbour"),
+        ("rose", "unrelated"),
+        ("car", "unrelated"),
+    ]
+    assert columns == ["mosaic", "neon", "chalk"] and lines[0].prompts[0] == "a cat in mosaic"
+    lines, columns = preview_lines(["ink"], VOCABULARY, 2)
+    assert [line.role for line in lines] == ["target", "neighbour", "neighbour", "neighbour", "unrelated"]
+    assert columns == ["cat", "cow"] and lines[-1].prompts == ("one cat", "one cow")
+    lines, columns = preview_lines(["van gogh"], None, 2)
+    assert lines[0].prompts == ("van gogh", "van gogh") and columns == ["seed 1", "seed 2"]

@@ -1,0 +1,134 @@
+"""Prompts: the field's files are read as they are, mistakes named by line, templates expanded evenly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from esd.errors import UserError
+from esd.evaluation.prompts import PromptRow, expand, load
+from esd.evaluation.vocabulary import Vocabulary, expand_prompts, in_turns
+
+VOCABULARY = {
+    "things": [
+        {"name": "cat", "group": "animals", "synonyms": ["kitty"], "hypernyms": ["a pet"]},
+        {"name": "dog", "group": "animals"},
+        {"name": "rose", "group": "plants"},
+    ],
+    "styles": [{"name": "mosaic"}, {"name": "neon"}],
+    "phrasings": {
+        "train": {"both": ["a {thing} in the {style} style"]},
+        "held_out": {"thing": ["one {thing}"]},
+    },
+    "held_out_pairs": [["cat", "neon"]],
+}
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Vocabulary:
+    (tmp_path / "vocabulary.json").write_text(json.dumps(VOCABULARY))
+    found = Vocabulary.load(tmp_path)
+    assert found is not None
+    return found
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def test_a_file_of_the_original_scripts_is_read(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "p.csv",
+        '\ufeffcase_number,prompt,evaluation_seed,class\n7,"a cat, asleep",2188,cat\n8,a dog,3,\n',
+    )
+    assert load(path) == [
+        PromptRow(7, "a cat, asleep", 2188, None, {"class": "cat"}),
+        PromptRow(8, "a dog", 3),
+    ]
+
+
+def test_names_of_other_benchmarks_are_understood(tmp_path: Path) -> None:
+    path = written(tmp_path, "i2p.csv", "prompt,sd_seed,sd_guidance_scale,image_id\na cat,4027103558,7.5,12\n")
+    assert load(path) == [PromptRow(12, "a cat", 4027103558, 7.5)]
+
+
+def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.jsonl", '{"prompt": "a cat", "seed": 5, "style": "neon"}\n\n{"prompt": "a dog"}\n')
+    assert load(path, seed=9) == [PromptRow(0, "a cat", 5, None, {"style": "neon"}), PromptRow(1, "a dog", 9)]
+    assert [row.prompt for row in load(["a cat", "a dog"])] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("p.csv", "prompt\n", "no prompts"),
+        ("p.csv", "text,seed\na cat,1\n", "needs one named 'prompt'"),
+        ("p.csv", "prompt,seed\na cat,1\n ,2\n", "line 3: the prompt is empty"),
+        ("p.csv", "prompt,seed\na cat,x\n", "seed='x' is no number"),
+        ("p.csv", "prompt,seed\na cat,-1\n", "whole number from 0"),
+        ("p.csv", "prompt,guidance\na cat,nan\n", "guidance=nan"),
+        ("p.csv", "case_number,prompt\n1,a cat\n1,a dog\n", "case_number 1 stands twice"),
+        ("p.csv", "prompt\na cat\na cat\n", "stands twice"),
+        ("p.jsonl", "[1]\n", "not an object"),
+        ("p.jsonl", "{\n", "line 1 is not JSON"),
+        ("p.txt", "a cat\n", ".csv or .jsonl"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(tmp_path: Path, name: str, text: str, told: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load(written(tmp_path, name, text))
+    assert told in str(raised.value)
+
+
+def test_missing_files_binary_files_and_empty_lists_are_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_bytes(b"prompt\n\xff\xfe\n")
+    for source in (tmp_path / "none.csv", tmp_path / "p.csv", [], ["a cat", ""]):
+        with pytest.raises(UserError):
+            load(source)
+
+
+def test_templates_expand_over_things_styles_and_seeds_with_labels() -> None:
+    rows = expand(["a {thing} in {style}", "a {thing}"], ["cat", "dog"], ["neon"], seeds=[1, 2])
+    assert [row.prompt for row in rows[::2]] == ["a cat in neon", "a dog in neon", "a cat", "a dog"]
+    assert [row.evaluation_seed for row in rows] == [1, 2] * 4
+    assert dict(rows[0].labels) == {"thing": "cat", "style": "neon"} and dict(rows[-1].labels) == {"thing": "dog"}
+    assert [row.case_number for row in rows] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("concept", "domain"), [("cat", "thing"), ("A Kitty", "thing"), ("neon", "style"), ("a pet", None)]
+)
+def test_a_concept_is_known_by_name_and_synonym(vocabulary: Vocabulary, concept: str, domain: str | None) -> None:
+    assert vocabulary.domain_of(concept) == domain
+
+
+def test_neighbours_of_the_same_group_come_first(vocabulary: Vocabulary) -> None:
+    assert vocabulary.neighbours("thing", "rose") == ["cat", "dog"]
+    assert vocabulary.neighbours("thing", "dog") == ["cat", "rose"]
+
+
+def test_training_templates_run_over_everything_but_the_erased(vocabulary: Vocabulary) -> None:
+    assert expand_prompts(["a cat", "a {thing} in {style}"], vocabulary, but=["kitty"]) == [
+        ["a cat"],
+        ["a dog in mosaic", "a dog in neon", "a rose in mosaic", "a rose in neon"],
+    ]
+
+
+def test_a_template_that_needs_a_vocabulary_is_refused_without_one(tmp_path: Path) -> None:
+    assert Vocabulary.load(tmp_path) is None
+    assert expand_prompts(["a cat"], None) == [["a cat"]]
+    with pytest.raises(UserError, match="ships no vocabulary"):
+        expand_prompts(["a cat in {style}"], None)
+
+
+def test_a_broken_vocabulary_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "vocabulary.json", '{"things": []}')
+    with pytest.raises(UserError, match="no vocabulary"):
+        Vocabulary.load(tmp_path)
+
+
+def test_templates_take_turns_whatever_they_expand_to() -> None:
+    assert in_turns([["a"], ["x", "y", "z"]]) == ["a", "x", "a", "y", "a", "z"]
+    assert in_turns([]) == []

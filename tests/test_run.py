@@ -1,0 +1,135 @@
+"""Run directories: two runs never mix, writing is atomic, and what is private stays so."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from esd.config import TrackerConfig, TrainConfig
+from esd.errors import UserError
+from esd.run import RunDirectory, flat, tracker_arguments, versions
+from esd.storage import State, atomic, load_state, save_state
+
+
+def config(eta: float = 1.0, **settings: object) -> TrainConfig:
+    made = TrainConfig(concepts=["cat"], **settings)  # type: ignore[arg-type]
+    made.objective.eta = eta
+    return made
+
+
+def created(path: Path, config: TrainConfig) -> RunDirectory:
+    run = RunDirectory(path, config)
+    run.create()
+    return run
+
+
+def test_a_run_records_its_settings_command_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "concepts=[cat]", "prompts=['a\nb']", "hydra.sweep.dir='x'"])
+    created(tmp_path / "run", config(eta=3.0))
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert text.startswith("# python -m esd.train 'concepts=[cat]'") and "sweep" not in text and "torch 2" in text
+    assert yaml.safe_load(text)["objective"]["eta"] == 3.0
+
+
+def test_looking_at_a_run_directory_writes_nothing(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "a/b/c", config())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_settings_may_come_back_and_others_may_not(tmp_path: Path) -> None:
+    created(tmp_path / "run", config(eta=2.0))
+    RunDirectory(tmp_path / "run", config(eta=2.0, device="cpu", plan_only=True))
+    with pytest.raises(UserError, match=r"holds another run \(objective\.eta=2\.0 there, 1\.0 here\)"):
+        RunDirectory(tmp_path / "run", config(eta=1.0))
+
+
+def test_a_directory_of_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="no run of esd"):
+        RunDirectory(tmp_path, config())
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(UserError, match="no directory that you may write to"):
+            RunDirectory(path, config())
+
+
+def test_a_directory_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write everywhere
+    with pytest.raises(UserError, match="write to"):
+        RunDirectory(tmp_path / "run", config())
+
+
+def test_an_evaluation_counts_only_for_the_settings_it_was_made_with(tmp_path: Path) -> None:
+    created(tmp_path / "run", config())
+    assert not RunDirectory(tmp_path / "run", config()).evaluated
+    (tmp_path / "run/summary.json").write_text("{}")
+    assert RunDirectory(tmp_path / "run", config()).evaluated
+    other = config()
+    other.evaluation.target_images = 7
+    assert not RunDirectory(tmp_path / "run", other).evaluated
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(RuntimeError), atomic(tmp_path / "file") as staged:
+        staged.write_text("new")
+        raise RuntimeError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def state(step: int) -> State:
+    return State(step, {"student": {"a.weight": torch.full((2, 3), float(step))}}, {"seconds": 1.5})
+
+
+def test_the_newest_whole_state_is_read_and_older_ones_are_removed(tmp_path: Path) -> None:
+    assert load_state(tmp_path) is None
+    save_state(tmp_path, state(2))
+    save_state(tmp_path, state(10))
+    found = load_state(tmp_path)
+    assert found is not None and (found.step, found.facts["seconds"]) == (10, 1.5)
+    assert torch.equal(found.tensors["student"]["a.weight"], torch.full((2, 3), 10.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["00000010"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "no manifest"])
+def test_a_harmed_state_is_no_state(tmp_path: Path, harm: str) -> None:
+    save_state(tmp_path, state(2))
+    file = tmp_path / "00000002/student.safetensors"
+    data = file.read_bytes()
+    if harm == "flip":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif harm == "cut":
+        file.write_bytes(data[:-4])
+    else:
+        (file if harm == "remove" else file.with_name("MANIFEST.json")).unlink()
+    assert load_state(tmp_path) is None
+
+
+def test_settings_are_flat_for_trackers() -> None:
+    assert flat({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
+
+
+def test_wandb_is_told_to_keep_commands_and_code_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("WANDB_X_DISABLE_META", "WANDB_DISABLE_GIT", "WANDB_DISABLE_CODE")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert tracker_arguments(TrackerConfig("wandb"), tmp_path)["log_with"] == "wandb"
+    assert [os.environ[name] for name in names] == ["true"] * 3
+    assert tracker_arguments(TrackerConfig(), tmp_path) == {}
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        tracker_arguments(TrackerConfig("wandb"), tmp_path)
+
+
+def test_versions_name_what_numbers_depend_on() -> None:
+    assert {"esd", "python", "torch", "diffusers"} <= set(versions())

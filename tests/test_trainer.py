@@ -1,0 +1,242 @@
+"""The training loop: what it changes, what it never touches; stopping and splitting change nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from esd import checkpoint, trainer
+from esd.errors import UserError
+from esd.families import Family, family_of
+from esd.objectives import Objective
+from esd.sources import Sampling
+from esd.storage import load_state
+from esd.trainer import TrainPlan
+from tests import tiny
+
+PLAN = TrainPlan(
+    concepts=("cat",),
+    prompts=("cat", "a cat"),
+    selection="cross.k + cross.v",
+    sampling=Sampling(num_steps=3),
+    rollouts=3,
+    reuse=2,
+    updates=4,
+    batch_size=3,
+    lr=1e-3,
+    save_every=0,
+)
+
+
+def plan(**changes: Any) -> TrainPlan:
+    return dataclasses.replace(PLAN, **changes)
+
+
+def family(dtype: torch.dtype = torch.float32) -> Family:
+    return family_of(tiny.pipeline().to(dtype))
+
+
+def run(
+    folder: Path, plan: TrainPlan, mixed_precision: str = "no", on: Family | None = None
+) -> dict[str, torch.Tensor]:
+    """The differences that training leaves in folder/erased.safetensors."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder.mkdir(exist_ok=True)
+    result = trainer.train(on or family(), plan, folder, Accelerator(cpu=True, mixed_precision=mixed_precision))
+    return checkpoint.load(result.path).differences
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_moves_the_selected_weights_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = family()
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    differences = run(tmp_path, PLAN, on=model)
+    assert set(differences) == set(model.select(PLAN.selection).names)
+    assert all(difference.abs().max() > 0 for difference in differences.values())
+    assert all(torch.equal(before[name], value) for name, value in model.denoiser.state_dict().items())
+
+
+def test_every_update_leaves_a_line_of_metrics(tmp_path: Path) -> None:
+    run(tmp_path, PLAN)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]) == {
+        "step",
+        "loss",
+        "loss_erase",
+        "loss_preserve",
+        "lr",
+        "grad_norm",
+        "delta_norm",
+        "seconds",
+    }
+    assert [line["delta_norm"] for line in lines] == sorted(line["delta_norm"] for line in lines)
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    run(tmp_path, plan(updates=60, batch_size=9, reuse=60, lr=1e-3, objective=Objective(eta=20.0)))
+    lines = metrics(tmp_path)
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+def test_nothing_to_push_away_from_means_nothing_to_learn(tmp_path: Path) -> None:
+    run(tmp_path, plan(objective=Objective(anchor="concept", eta=0.0), updates=1))
+    assert metrics(tmp_path)[0]["loss"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sampler": "student", "rollouts": 0},
+        {"sampler": "teacher", "rollouts": 0, "gradient_accumulation": 2},
+        {"preserve": ("a dog", "a rose"), "weight_decay": 0.1, "lr_schedule": "cosine", "warmup": 1},
+    ],
+    ids=["bank", "student", "teacher", "preserve"],
+)
+def test_stopping_and_resuming_equals_never_stopping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any
+) -> None:
+    whole = run(tmp_path / "whole", plan(**changes))
+    write = trainer.Log.write
+
+    def write_then_stop(log: trainer.Log, line: dict[str, float]) -> None:
+        write(log, line)
+        if line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Log, "write", write_then_stop)
+        with pytest.raises(trainer.Stopped, match="after update 2 of 4"):
+            run(tmp_path / "parts", plan(**changes))
+    assert not (tmp_path / "parts" / "erased.safetensors").exists()
+    parts = run(tmp_path / "parts", plan(**changes))
+    assert same(whole, parts)
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4]
+
+
+def test_a_state_of_another_plan_is_refused_and_a_damaged_one_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path, plan(save_every=3))
+    assert (tmp_path / "state").is_dir()
+    with pytest.raises(UserError, match="another plan"):
+        run(tmp_path, plan(save_every=3, lr=2e-3))
+    file = tmp_path / "state" / "00000003" / "student.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert load_state(tmp_path / "state") is None
+    assert same(whole, run(tmp_path, plan(save_every=3)))
+
+
+def test_a_preserved_prompt_starts_at_no_loss_and_is_held(tmp_path: Path) -> None:
+    ends = {}
+    for weight in (0.0, 1e4):
+        folder = tmp_path / str(weight)
+        run(folder, plan(updates=12, preserve=("a dog",), preserve_weight=weight))
+        assert metrics(folder)[0]["loss_preserve"] < 1e-10
+        ends[weight] = metrics(folder)[-1]["loss_preserve"]
+    assert ends[1e4] < 0.5 * ends[0.0]
+
+
+def test_an_attribute_is_erased_from_a_concept(tmp_path: Path) -> None:
+    run(tmp_path, plan(erase_from=("a photo", "the photo")))
+    assert len(metrics(tmp_path)) == 4
+
+
+def test_weight_decay_pulls_towards_the_base(tmp_path: Path) -> None:
+    loose = run(tmp_path / "loose", PLAN)
+    held = run(tmp_path / "held", plan(weight_decay=500.0))
+    assert sum(d.norm() for d in held.values()) < 0.8 * sum(d.norm() for d in loose.values())
+
+
+def test_a_bfloat16_base_trains_float32_weights_under_autocast(tmp_path: Path) -> None:
+    model = family(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    differences = run(tmp_path, PLAN, mixed_precision="bf16", on=model)
+    # a step of Adam is about lr, far below bf16's resolution of these weights
+    assert all(difference.dtype == torch.float32 and difference.abs().max() > 0 for difference in differences.values())
+    assert all(
+        value.dtype == torch.bfloat16 and torch.equal(before[name], value)
+        for name, value in model.denoiser.state_dict().items()
+    )
+    prediction = model.predict(
+        model.denoiser, torch.zeros(1, *model.sample_shape), torch.tensor(1), model.encode(["cat"])
+    )
+    assert prediction.isfinite().all()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", PLAN)
+    saving = run(tmp_path / "saving", plan(gradient_checkpointing=True))
+    assert all(torch.allclose(plain[name], saving[name], atol=1e-7) for name in plain)
+
+
+def test_accumulated_passes_see_what_one_large_pass_sees(tmp_path: Path) -> None:
+    once = run(tmp_path / "once", plan(batch_size=6))
+    twice = run(tmp_path / "twice", plan(batch_size=3, gradient_accumulation=2))
+    assert all(torch.allclose(once[name], twice[name], atol=1e-5) for name in once)
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "batch"), [(1, 1, 4), (2, 1, 3), (3, 2, 5)])
+def test_processes_and_passes_share_out_the_samples_of_an_update(processes: int, accumulation: int, batch: int) -> None:
+    asked = plan(batch_size=batch, gradient_accumulation=accumulation)
+    taken = [
+        i
+        for micro in range(accumulation)
+        for process in range(processes)
+        for i in trainer.sample_indices(asked, micro, process, processes)
+    ]
+    assert sorted(taken) == list(range(processes * accumulation * batch))
+
+
+def test_the_learning_rate_rises_then_follows_its_schedule() -> None:
+    rates = [
+        trainer.learning_rate(plan(updates=10, warmup=2, lr=3.0, lr_schedule="linear"), step) for step in range(10)
+    ]
+    assert rates[:3] == [1.0, 2.0, 3.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0
+    assert trainer.learning_rate(plan(lr=3.0), 3) == 3.0
+
+
+def test_a_loss_that_overflows_stops_training_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lower training\.lr"):
+        run(tmp_path, plan(lr=1e30, updates=6, clip_norm=0.0, selection="esd_all"))
+
+
+def test_the_description_names_what_is_trained() -> None:
+    told = trainer.describe(family(), PLAN)
+    assert "cross.k + cross.v: 8 tensors" in told and "'cat', 'a cat'" in told and "4 of 3 points" in told
+
+
+def two_processes(folder: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # inherited from the parent
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    trainer.train(family(), plan(batch_size=3), Path(folder), accelerator)
+
+
+def test_two_processes_train_what_one_would_into_one_directory(tmp_path: Path) -> None:
+    from accelerate import debug_launcher
+
+    one = run(tmp_path / "one", plan(batch_size=6))
+    (tmp_path / "two").mkdir()
+    debug_launcher(two_processes, args=(str(tmp_path / "two"),), num_processes=2)
+    two = checkpoint.load(tmp_path / "two").differences
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4]
