@@ -95,7 +95,7 @@ def sample(
 
 
 def main() -> None:
-    """Train and publish the averaged weights."""
+    """Train; the averaged weights are written at every save, so that a usable model is there early."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--start", type=Path, help="a published pipeline to begin from, with a fresh optimiser")
@@ -118,7 +118,7 @@ def main() -> None:
     else:
         unet, text = new_unet(), CLIPTextModel.from_pretrained(args.data / "clip")
     both = torch.nn.ModuleDict({"unet": unet, "text": text}).to(args.device)
-    recipe = Recipe(args.steps, args.batch, args.lr, warmup=200, ema=0.999, seed=args.seed, save_every=500)
+    recipe = Recipe(args.steps, args.batch, args.lr, warmup=200, ema=0.999, seed=args.seed, save_every=1000)
     stage = Stage("unet", both, recipe, args.data / "state")
     alpha_bar = new_scheduler().alphas_cumprod.to(args.device)
     snr = alpha_bar / (1 - alpha_bar)
@@ -143,23 +143,22 @@ def main() -> None:
         return (weight[t] * (predicted.float() - noise).pow(2).mean((1, 2, 3))).mean()
 
     @torch.no_grad()
-    def report() -> str:
-        """The judge's reading of a few generated pictures, once there is a judge: a sign of progress."""
+    def publish_and_read() -> str:
+        """Write the averaged weights; return the judge's reading of a few pictures, once there is a judge."""
+        unet.save_pretrained(args.data / "unet")
+        text.save_pretrained(args.data / "text")
         if not (args.data / "judge" / "config.json").exists():
             return "no judge yet"
         judge, rng = EmojiJudge(args.data / "judge"), np.random.default_rng(0)
-        things, looks = rng.integers(len(THINGS), size=96), rng.integers(len(STYLES), size=96)
+        things, looks = rng.integers(len(THINGS), size=50), rng.integers(len(STYLES), size=50)
         names, styles = [THINGS[t].name for t in things], [STYLES[s] for s in looks]
         phrase = PHRASINGS["held_out"]["both"][0]
         captions = [say(phrase, {"thing": name, "style": style}) for name, style in zip(names, styles, strict=True)]
         drawn = sample(unet, encode(captions), encode([""]), seed=0)
         readings = judge(to_pictures(vae.decode(drawn / vae.config.scaling_factor).sample))
-        return f"{readings.shows(names).mean():.0%} things, {readings.in_style(styles).mean():.0%} styles right of 96"
+        return f"{readings.shows(names).mean():.0%} things, {readings.in_style(styles).mean():.0%} styles right of 50"
 
-    stage.run(loss_of, report)
-    with stage.averaged():
-        unet.save_pretrained(args.data / "unet")
-        text.save_pretrained(args.data / "text")
+    stage.run(loss_of, publish_and_read)
     print(f"the UNet is in {args.data / 'unet'}, the text tower in {args.data / 'text'}")
 
 
