@@ -1,12 +1,15 @@
-"""Print the rates of one training run in one line, and where its picture is.
+"""Print the rates of training runs: one run in a line, several as a table.
 
     python scripts/rates.py runs/demo
+    python scripts/rates.py runs/things/*
 
-`make demo` ends with it. The figures are those of the run's summary.json, written by `esd.train`.
+`make demo` ends with the first; the tables of the docs come from the second. The figures are those of each run's
+summary.json, written by `esd.train`.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +18,7 @@ TITLES = {
     "same_domain": "others of its kind",
     "cross_domain": "the other kind",
     "target_style": "style on target prompts",
+    "target_thing": "thing on target prompts",
 }
 
 
@@ -23,14 +27,19 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.0f}%"
 
 
+def known_rates(summary: Mapping) -> dict[str, Mapping]:
+    """The rates of a summary.json that were measured, by title."""
+    rates = {title: summary.get(key) for key, title in TITLES.items()}
+    return {title: rate for title, rate in rates.items() if rate and rate.get("after") is not None}
+
+
 def line(summary: Mapping) -> str:
     """One line of rates before and after, or the reason why there are none.
 
     Args:
         summary: a run's summary.json; see "A run directory" in docs/architecture.md.
     """
-    rates = {title: summary.get(key) for key, title in TITLES.items()}
-    known = {title: rate for title, rate in rates.items() if rate and rate.get("after") is not None}
+    known = known_rates(summary)
     if not known:
         return f"no rates: {summary.get('reason') or 'summary.json holds none'}"
     parts = [f"{title} {percent(r['before'])} -> {percent(r['after'])}" for title, r in known.items()]
@@ -41,13 +50,34 @@ def line(summary: Mapping) -> str:
     return "; ".join(parts)
 
 
+def table(summaries: Mapping[str, Mapping]) -> str:
+    """A Markdown table, a row for each run: every rate before and after with n, "neither", and training seconds."""
+    titles = [title for title in TITLES.values() if any(title in known_rates(s) for s in summaries.values())]
+    rows = [["run", *titles, "neither", "seconds"], ["---"] * (len(titles) + 3)]
+    for name, summary in summaries.items():
+        known = known_rates(summary)
+        cells = [
+            f"{percent(r['before'])} → {percent(r['after'])} (n={r['n']})" if (r := known.get(title)) else ""
+            for title in titles
+        ]
+        neither = summary.get("neither")
+        rows.append([name, *cells, "" if neither is None else percent(neither), f"{summary['seconds']:.0f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
-    """Read RUN_DIR/summary.json and print."""
-    parser = argparse.ArgumentParser(description="The rates of one training run in one line.")
-    parser.add_argument("run_dir", type=Path)
-    run_dir = parser.parse_args().run_dir
-    print(line(json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))))
-    print(f"picture: {run_dir / 'preview.png'}")
+    """Read each RUN_DIR/summary.json and print."""
+    parser = argparse.ArgumentParser(description="The rates of one training run in a line, of several as a table.")
+    parser.add_argument("run_dir", type=Path, nargs="+")
+    runs = parser.parse_args().run_dir
+    if missing := [str(run) for run in runs if not (run / "summary.json").is_file()]:
+        sys.exit(f"no summary.json in {', '.join(missing)}: give directories of finished training runs")
+    summaries = {run.name: json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs}
+    if len(runs) > 1:
+        print(table(summaries))
+        return
+    print(line(summaries[runs[0].name]))
+    print(f"picture: {runs[0] / 'preview.png'}")
 
 
 if __name__ == "__main__":

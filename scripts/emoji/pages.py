@@ -104,10 +104,10 @@ def random_page(rng: np.random.Generator, *, scenes: float, unseen: frozenset[tu
 def caption(page: Page, rng: np.random.Generator, *, kind: str | None = None, split: str = "train") -> str:
     """Return words for a page.
 
-    `kind` is "both", "thing", "style" or "empty" (by default drawn 57 : 22 : 11 : 10); a scene has its own
+    `kind` is "both", "thing", "style" or "empty" (by default drawn 70 : 15 : 5 : 10); a scene has its own
     phrasings. In training a share of the captions names a thing by another word for it.
     """
-    kind = kind or ("both", "thing", "style", "empty")[int(rng.choice(4, p=(0.57, 0.22, 0.11, 0.10)))]
+    kind = kind or ("both", "thing", "style", "empty")[int(rng.choice(4, p=(0.70, 0.15, 0.05, 0.10)))]
     if kind == "empty":
         return ""
     names = [THINGS[thing].name for thing in page.things]

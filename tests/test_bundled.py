@@ -1,0 +1,67 @@
+"""The bundled model as it is shipped: its size, its files, and what it can be asked to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from esd.evaluation.generate import sample
+from esd.evaluation.judges import EmojiJudge, load_judge
+from esd.evaluation.prompts import expand
+from esd.evaluation.vocabulary import Vocabulary
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+MODEL = CHECKPOINTS / "emoji-sd"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(MODEL)
+
+
+def test_three_models_fit_in_35_mb_of_shards_of_12() -> None:
+    sizes = {file: file.stat().st_size for file in CHECKPOINTS.rglob("*") if file.is_file()}
+    assert sum(sizes.values()) <= 35_000_000
+    assert max(sizes.values()) <= 12_000_000
+
+
+def test_stock_diffusers_loads_it_in_one_precision_when_none_is_asked_for(pipe: StableDiffusionPipeline) -> None:
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
+
+
+def test_it_draws_what_it_is_asked_for(pipe: StableDiffusionPipeline) -> None:
+    judge = load_judge(MODEL)
+    assert judge is not None
+    things, styles = ["cat", "pizza", "rocket", "owl"], ["pop art", "mosaic"]
+    rows = expand(["a drawing of a {thing} in the {style} style"], things, styles)
+    seeds = range(len(rows))
+    images = sample(pipe, [r.prompt for r in rows], list(seeds), num_steps=15, guidance_scale=4.0, batch_size=8)
+    readings = judge(images)
+    assert readings.in_style([row.labels["style"] for row in rows]).mean() >= 0.75
+    assert readings.shows([row.labels["thing"] for row in rows]).mean() >= 0.5
+
+
+def test_vocabulary_and_judge_know_the_same_words() -> None:
+    vocabulary, judge = Vocabulary.load(MODEL), EmojiJudge(CHECKPOINTS / "emoji-judge")
+    assert vocabulary is not None
+    assert list(judge.things) == vocabulary.names("thing") and len(judge.things) >= 100
+    assert list(judge.styles) == vocabulary.names("style") and len(judge.styles) >= 8
+
+
+def test_judge_passed_its_exam_and_takes_noise_for_nothing() -> None:
+    judge = EmojiJudge(CHECKPOINTS / "emoji-judge")
+    exam = json.loads((CHECKPOINTS / "emoji-judge" / "config.json").read_text())["exam"]
+    assert exam["thing"] >= 0.97 and exam["style"] >= 0.95 and exam["outside_taken"] <= 0.06
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    assert judge(noise).neither.mean() >= 0.9
+
+
+@pytest.mark.parametrize("folder", ["emoji-sd", "emoji-clip", "emoji-judge"])
+def test_every_model_has_a_card_with_licence(folder: str) -> None:
+    assert "license:" in (CHECKPOINTS / folder / "README.md").read_text()
