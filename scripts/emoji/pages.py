@@ -70,15 +70,15 @@ def draw(drawings: list[np.ndarray], style: int, rng: np.random.Generator) -> np
     canvas = np.zeros((SIDE, SIDE, 4), np.float32)
     canvas[..., :3] = 1
     if len(drawings) == 1:
-        side = int(rng.integers(92, 121))
+        side = int(rng.integers(108, 121))
         slack = (SIDE - side) / 2
         centre = (SIDE / 2 + rng.uniform(-slack, slack), SIDE / 2 + rng.uniform(-slack, slack))
         paste(canvas, drawings[0], centre, side)
     else:
         for half, drawing in enumerate(drawings):
-            side = int(rng.integers(50, 63))
+            side = int(rng.integers(54, 64))
             x = SIDE * (0.25 + 0.5 * half) + rng.uniform(-1, 1) * (64 - side) / 2
-            paste(canvas, drawing, (x, SIDE / 2 + rng.uniform(-24, 24)), side)
+            paste(canvas, drawing, (x, SIDE / 2 + rng.uniform(-16, 16)), side)
     styled = RENDER[STYLES[style]][0](canvas, rng)
     small = styled.reshape(PIXELS, 2, PIXELS, 2, 3).mean((1, 3))
     return (np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8)
