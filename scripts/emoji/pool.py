@@ -56,8 +56,8 @@ def main() -> None:
     """Draw the pool and publish it by renaming."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--variants", type=int, default=16)
-    parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--variants", type=int, default=10)
+    parser.add_argument("--scenes", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pool = build(Drawings(args.data / "drawings.npz"), variants=args.variants, scenes=args.scenes, seed=args.seed)
