@@ -94,11 +94,13 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
             tensors.
 
     Raises:
-        ValueError: no difference, or one without a fingerprint.
+        ValueError: no difference, one without a fingerprint, or one that is not finite.
     """
     if not differences or set(differences) != set(provenance.get("fingerprint", ())):
         raise ValueError("a checkpoint needs differences, and provenance['fingerprint'] for exactly those tensors")
     tensors = {name: d.detach().to("cpu", torch.float32).contiguous() for name, d in differences.items()}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"the difference of {broken[0]!r} is not finite; such weights draw nothing")
     header = {
         "format": FORMAT,
         "sha256": _digest(tensors),
@@ -169,15 +171,22 @@ def remove(pipe: Any) -> None:
     """Puts the kept originals back, bit for bit (w + d - d is not w).
 
     Raises:
-        CheckpointError: the pipeline wears no checkpoint.
+        CheckpointError: the pipeline wears no checkpoint, or an adapter hides a parameter; nothing changed
+            then, and it can be called again.
     """
     denoiser = _denoiser(pipe)
     if denoiser not in _APPLIED:
         raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
-    parameters = dict(denoiser.named_parameters())
+    originals, parameters = _APPLIED[denoiser].originals, dict(denoiser.named_parameters())
+    if gone := [name for name in originals if name not in parameters]:
+        raise CheckpointError(
+            f"{type(denoiser).__name__} no longer has {gone[0]!r}, which erased weights are on; unload adapters "
+            "first (pipe.unload_lora_weights()), then call esd.remove(pipe) again"
+        )
     with torch.no_grad():
-        for name, original in _APPLIED.pop(denoiser).originals.items():
+        for name, original in originals.items():
             parameters[name].copy_(original)
+    del _APPLIED[denoiser]
 
 
 @contextmanager

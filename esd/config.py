@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from esd.errors import UserError
 
+MAX_SEED = 2**63 - 1  # torch's generators take no more
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
 
 
@@ -63,8 +65,8 @@ class ObjectiveConfig:
 
     anchor: str | None = option(
         "null",
-        "prediction to start from: the empty prompt's or the concept's own",
-        one_of=("null", "concept"),
+        "prediction to start from: the empty prompt's or the concept's own; with erase_from it is that prompt's",
+        one_of=("null", "concept", "erase_from"),
     )
     eta: float = option(1.0, "erasing guidance: how far to push away from the concept", at_least=0)
     weighting: str = option(
@@ -176,11 +178,11 @@ class TrainConfig:
     erase_from: list[str] = option([], "erase only as an attribute of these, one per concept (hat from cowboy)")
     selection: str = option(
         "esd_x",
-        "what to train: esd_x, esd_x_strict, esd_u, esd_u_2023, esd_all, self_attention, "
+        "what to train: esd_x, esd_x_strict, esd_u, esd_x_2023, esd_u_2023, esd_all, esd_all_2023, self_attention, "
         "or an expression such as 'cross.k + up.self'",
     )
     run_dir: str | None = option(None, "where results go; null is runs/<concept>")
-    seed: int = option(0, "of every random draw", at_least=0)
+    seed: int = option(0, "of every random draw", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     plan_only: bool = option(False, "say what would be trained, and stop")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -197,14 +199,20 @@ class TrainConfig:
         check_ranges(self)
         check_device(self.device)
         self.objective.anchor = self.objective.anchor or "null"  # `anchor: null` in YAML means the same
-        check_concepts(self.concepts)
+        self.model.path, self.run_dir = expanded(self.model.path), expanded(self.run_dir)
+        self.concepts = check_concepts(self.concepts)
         if self.erase_from:
-            check_concepts(self.erase_from, name="erase_from")
+            self.erase_from = check_concepts(self.erase_from, name="erase_from")
             if len(self.erase_from) != len(self.concepts):
                 raise UserError(
                     f"erase_from={self.erase_from} names {len(self.erase_from)} for {len(self.concepts)} "
                     "concepts; give one for each, or none"
                 )
+            self.objective.anchor = "erase_from"  # whatever the objective says: what is erased from is where to go
+        elif self.objective.anchor == "erase_from":
+            raise UserError(
+                "objective.anchor=erase_from needs erase_from, such as erase_from=[cowboy]; or null, concept"
+            )
         if not self.prompts:
             raise UserError("prompts=[] trains on nothing; allowed: at least one template, such as prompts=['{}']")
         for template in self.prompts:
@@ -238,7 +246,7 @@ class GenerateConfig:
     num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
     guidance_scale: float = option(3.0, "classifier-free guidance, where a prompt's row sets none", at_least=0)
     batch_size: int = option(16, "images per call; changes no image", at_least=1)
-    seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0)
+    seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     plan_only: bool = option(False, "say what would be drawn, and stop")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -247,6 +255,9 @@ class GenerateConfig:
         """Raises UserError for the first value that is out of its range; touches no file and no model."""
         check_ranges(self)
         check_device(self.device)
+        self.model.path, self.run_dir = expanded(self.model.path), expanded(self.run_dir)
+        if isinstance(self.prompts, str):
+            self.prompts = expanded(self.prompts)
         if not self.prompts or not isinstance(self.prompts, str | list):
             raise UserError(
                 f"prompts={self.prompts!r}: nothing to draw; allowed: a .csv or .jsonl file, or a list such "
@@ -292,14 +303,19 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, datacla
             yield prefix + spec.name, value, spec
 
 
-def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> None:
-    """Raises UserError where a concept is nothing a text encoder could read: empty, too long, several lines.
+def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> list[str]:
+    """The concepts without leading articles, which templates add: "a cat" would be trained on as "an a cat".
 
     A slash, a quote or an emoji is fine: file names are made by `slug`, never from the concept itself.
+
+    Raises:
+        UserError: a concept is nothing a text encoder could read: empty, too long, several lines.
     """
     if not concepts:
         raise UserError(f"{name}=[] names nothing to erase; allowed: one concept or more, such as {name}=[cat]")
     for concept in concepts:
+        if not isinstance(concept, str):
+            raise UserError(f"{name}: {concept!r} is a list in a list; allowed: text, such as {name}=[cat,dog]")
         if not concept.strip():
             raise UserError(f"{name}: {concept!r} is empty; allowed: a word or a phrase, such as {name}=[cat]")
         if len(concept) > MAX_CONCEPT_CHARACTERS:
@@ -314,14 +330,21 @@ def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> None:
             )
         if "{" in concept or "}" in concept:
             raise UserError(f"{name}: {concept!r} holds a brace, which templates use; allowed: text without {{ and }}")
-    if len(set(concepts)) < len(concepts) and name == "concepts":
+    plain = [re.sub(r"^\s*(a|an|the)\s+(?=\S)", "", concept, flags=re.IGNORECASE) for concept in concepts]
+    if len(set(plain)) < len(plain) and name == "concepts":
         raise UserError(f"{name}={list(concepts)} names a concept twice; allowed: each once")
+    return plain
 
 
 def check_device(device: str) -> None:
     """Raises UserError for what is no name of a device; whether the machine has it, torch says later."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UserError(f"device={device}: allowed: auto, cpu, mps, cuda, or one card such as cuda:1")
+
+
+def expanded(path: Any) -> Any:
+    """A path with a leading ~ replaced by the home directory; None stays None."""
+    return os.path.expanduser(path) if path else path
 
 
 def slug(text: str) -> str:

@@ -64,8 +64,14 @@ def export_official(file: str, out: Path, model: str | None) -> None:
 
     if out.exists():
         raise UserError(f"--out {out} exists; remove it, or name another file")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
     found = checkpoint.load(file)
-    base = model or found.provenance.get("base", "")
+    base = model or str(found.provenance.get("base", ""))
+    if model is None and not Path(base).is_dir():
+        raise UserError(
+            f"the checkpoint's base is {base!r}, which is no folder here; name the base: --model FOLDER_OR_HUB_NAME"
+        )
     checkpoint.export_official(file, load_pipeline(base), out)
     print(
         f"wrote {out}; load it with pipe.unet.load_state_dict(safetensors.torch.load_file({str(out)!r}), strict=False)"

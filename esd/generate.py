@@ -8,7 +8,7 @@ with both side by side. Images that are there already are kept, so the same comm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from esd.config import GenerateConfig
 from esd.main import run_program
@@ -16,6 +16,8 @@ from esd.run import RunDirectory
 from esd.train import find_device, load
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from esd.evaluation.generate import Manifest
     from esd.evaluation.prompts import PromptRow
 
@@ -30,6 +32,7 @@ def main() -> None:
 def generate(config: GenerateConfig) -> int:
     """Draws what `config` says; returns the exit code."""
     run = RunDirectory(config.run_path(), config)
+    from esd.evaluation.generate import generate as draw
     from esd.evaluation.prompts import load as load_prompts
     from esd.families import check_model
 
@@ -46,33 +49,34 @@ def generate(config: GenerateConfig) -> int:
     if config.plan_only:
         print(f"results would go to {run.path}; plan_only=true, so nothing was drawn")
         return 0
+    plans = {"base": plan(config, rows, run, "base", None)}
+    if found:
+        plans["erased"] = plan(config, rows, run, "erased", found.path)
     family, _ = load(config, find_device(config.device))
     if config.checkpoint:
         checkpoint.apply(family.pipe, config.checkpoint)  # another base is refused before anything is written
         checkpoint.remove(family.pipe)
     run.create()
-    manifests = {"base": draw(config, family.pipe, rows, run, "base")}
+    draw(family.pipe, plans["base"], batch_size=config.batch_size)
     if config.checkpoint:
         with checkpoint.erased(family.pipe, config.checkpoint):
-            manifests["erased"] = draw(config, family.pipe, rows, run, "erased")
-    contact_sheet(manifests, rows, run)
-    print(f"results are in {run.path}: contact_sheet.png, {', '.join(f'{name}/' for name in manifests)}")
+            draw(family.pipe, plans["erased"], batch_size=config.batch_size)
+    contact_sheet(plans, rows, run)
+    print(f"results are in {run.path}: contact_sheet.png, {', '.join(f'{name}/' for name in plans)}")
     return 0
 
 
-def draw(config: GenerateConfig, pipe: Any, rows: list[PromptRow], run: RunDirectory, name: str) -> Manifest:
-    """Draws every row with the weights as they are into run/name."""
-    from esd.evaluation.generate import generate as draw_rows
+def plan(config: GenerateConfig, rows: list[PromptRow], run: RunDirectory, name: str, weights: Path | None) -> Manifest:
+    """What is drawn into run/name; refuses a folder that holds other images."""
+    from esd.evaluation.generate import plan as plan_images
 
-    return draw_rows(
-        pipe,
+    return plan_images(
         rows,
         run / name,
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
-        batch_size=config.batch_size,
         images_per_prompt=config.images_per_prompt,
-        checkpoint=config.checkpoint if name == "erased" else None,
+        checkpoint=weights,
     )
 
 

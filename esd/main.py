@@ -9,13 +9,14 @@ folder, and each job of a sweep gets a directory of its own below `run_dir`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ FLAGS = (
     "--config-name",
     "--config-path",
     "--shell-completion",
+    *("-m", "-c", "-p", "-i", "-r", "-sc", "-cp", "-cn", "-cd"),
 )
+PLAIN = ("concepts", "erase_from", "prompts", "preserve.prompts")  # texts in which ${...} would be filled in
 HELP_END = """\
 Flags: --multirun runs every combination of a=1,2 b=x,y, each in its own directory.
 --cfg job prints the settings as composed. The same command resumes a stopped run.
@@ -58,7 +61,7 @@ def run_program(name: str, schema: type, task: Callable[[Any], int]) -> None:
             print(help_text(name, schema))
             return
         for argument in sys.argv[1:]:
-            if argument.startswith("--") and argument.split("=")[0] not in FLAGS:
+            if argument.startswith("-") and argument.split("=")[0] not in FLAGS:
                 raise UserError(
                     f"unknown flag {argument}; settings are given without dashes, as concepts=[cat]; --help lists all"
                 )
@@ -72,12 +75,15 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
     """Composes the configuration as Hydra's own command line does and runs one job or a sweep of them."""
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     def job(composed: DictConfig) -> None:
         try:
+            refuse_beaten_groups(HydraConfig.get().overrides.task)
+            refuse_unknown(OmegaConf.to_container(composed, resolve=False), schema())
             config: Any = OmegaConf.to_object(composed)
             config.check()
             config.run_dir = str(_job_path(config.run_path()))
@@ -100,6 +106,57 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema)) from error
+
+
+def refuse_beaten_groups(typed: Sequence[str]) -> None:
+    """Raises UserError where an experiment sets a field otherwise than a group typed beside it.
+
+    An experiment is composed last, so the group would be ignored there without a word. A field that was typed
+    itself wins over both and is let through.
+
+    Args:
+        typed: the settings of one job, for example ["experiment=erase_thing", "objective=concept_anchor"].
+    """
+    import yaml
+
+    given = {name.lstrip("+"): value for name, _, value in (setting.partition("=") for setting in typed)}
+    for experiment in re.findall(r"[^\[\],\s'\"]+", given.get("experiment", "")):
+        bodies = [conf_dir() / "experiment" / f"{experiment}.yaml"]
+        bodies += [conf_dir() / group / f"{choice}.yaml" for group, choice in given.items()]
+        read = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in bodies if path.is_file()}
+        body = read.pop("experiment", {})
+        for group, fields in read.items():
+            there = body.get(group) or {}
+            differing = [name for name, value in fields.items() if there.get(name, value) != value]
+            beaten = [name for name in differing if f"{group}.{name}" not in given]
+            if beaten:
+                lost = ", ".join(f"{group}.{name}={there[name]}" for name in beaten)
+                mend = " ".join(f"{group}.{name}={fields[name]}" for name in beaten)
+                raise UserError(
+                    f"{group}={given[group]} would be ignored: experiment={experiment} sets {lost}; give the fields "
+                    f"themselves: {mend}"
+                )
+
+
+def refuse_unknown(composed: Any, schema: Any, prefix: str = "") -> None:
+    """Raises UserError for a key that the schema lacks, as `+objective.foo=1` adds one, and for ${...} in a text."""
+    names = {spec.name for spec in dataclasses.fields(schema)}
+    for name, value in composed.items():
+        if name not in names:
+            raise UserError(f"unknown setting '{prefix}{name}'; {_nearest(name, schema, prefix)}; --help lists all")
+        known = getattr(schema, name)
+        if dataclasses.is_dataclass(known) and isinstance(value, dict):
+            refuse_unknown(value, known, f"{prefix}{name}.")
+        elif prefix + name in PLAIN and "${" in str(value):
+            raise UserError(
+                f"{prefix}{name}={value} holds '${{', which would be filled in from elsewhere; allowed: text without it"
+            )
+
+
+def _nearest(name: str, schema: Any, prefix: str = "") -> str:
+    """`nearest: objective.eta` for a setting that is unknown."""
+    near = difflib.get_close_matches(prefix + name, [prefix + field for field, _, _ in fields_of(schema)], n=3)
+    return f"nearest: {', '.join(near) or 'none'}"
 
 
 def _job_path(run_path: Path) -> Path:
@@ -127,6 +184,8 @@ def _explain(error: Exception, schema: type) -> str:
     """One line for an error of Hydra or OmegaConf: what was typed, what is allowed, how to mend it."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
+    if isinstance(error, OverrideParseException) and "=~" in str(error.override):
+        return f"{error.override!r}: write $HOME for ~, or quote it twice: 'run_dir=\"~/results\"'"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} cannot be read as SETTING=VALUE; quote text that holds quotes, commas, "
@@ -137,8 +196,7 @@ def _explain(error: Exception, schema: type) -> str:
         return f"{group}={choice}: allowed: {', '.join(error.options or ())}"
     told = f"{error}\n{error.__cause__ or ''}"
     if unknown := re.search(r"Could not override '(.+?)'", told):
-        near = difflib.get_close_matches(unknown[1], [field for field, _, _ in fields_of(schema())], n=3)
-        return f"unknown setting '{unknown[1]}'; nearest: {', '.join(near) or 'none'}; --help lists all"
+        return f"unknown setting '{unknown[1]}'; {_nearest(unknown[1], schema())}; --help lists all"
     internal = ("full_key:", "reference_type=", "object_type=")
     lines = [line.strip() for line in told.splitlines() if line.strip() and not line.strip().startswith(internal)]
     mend = "--help tells what each setting may be"
@@ -152,8 +210,9 @@ def help_text(name: str, schema: type) -> str:
     yaml = (conf_dir() / f"{name}.yaml").read_text()
     example = yaml.splitlines()[0].lstrip("# ")
     groups = re.findall(r"^  - (\w+):", yaml, flags=re.MULTILINE)
+    launch = f", or accelerate launch -m esd.{name} ..." if name == "train" else ""
     lines = [
-        f"usage: python -m esd.{name} SETTING=VALUE ...   (or: esd {name} ..., or accelerate launch -m esd.{name} ...)",
+        f"usage: python -m esd.{name} SETTING=VALUE ...   (or: esd {name} ...{launch})",
         "",
         f"  {example}",
         "",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from esd.config import TrackerConfig, slug
 from esd.errors import UserError
 
 # Settings that change neither the images nor the weights a run makes, or that are compared on their own.
-NEUTRAL = ("plan_only", "device", "run_dir", "tracker", "evaluation")
+NEUTRAL = ("plan_only", "device", "run_dir", "tracker", "evaluation", "batch_size")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
@@ -68,9 +69,11 @@ class RunDirectory:
     @property
     def evaluated(self) -> bool:
         """Whether summary.json answers the evaluation asked for now."""
-        return (self / "summary.json").is_file() and (self.stored or {}).get("evaluation") == self.settings[
-            "evaluation"
-        ]
+        try:
+            told = json.loads((self / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(told, dict) and told.get("evaluation") == self.settings["evaluation"]
 
     def create(self) -> None:
         """Makes the directory and writes config.yaml; for the main process, before all other writing."""
@@ -100,8 +103,11 @@ class RunDirectory:
     def _check(self) -> None:
         """Raises UserError unless this run may write here."""
         existing = self.path
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        try:
+            while not existing.exists() and existing != existing.parent:
+                existing = existing.parent
+        except OSError as error:  # a name of more than 255 characters, a loop of links
+            raise UserError(f"run_dir={str(self.path)[:40]}... ({error.strerror}); choose another run_dir") from error
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(
                 f"run_dir={self.path}: {existing} is no directory that you may write to; choose another run_dir"

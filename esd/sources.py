@@ -24,7 +24,7 @@ bank is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
@@ -162,7 +162,7 @@ class OnPolicy:
         teacher: frozen view, gives the predictions.
         sampler: who rolls out: the live student (pass the unwrapped module) for the paper's ESD, or the
             teacher for upstream's later scripts.
-        conditions: prompts; sample i of an update takes prompt (step * per_update + i) mod P.
+        conditions: prompts; sample i of an update takes number step * per_update + i of those `dealt`.
         sampling: see `Sampling`.
         per_update: samples of one update over all processes and micro-batches.
         seed: of the run.
@@ -189,12 +189,17 @@ class OnPolicy:
     @torch.no_grad()
     def points(self, step: int, indices: Sequence[int]) -> Points:
         """Fresh points of update `step`, float32 on the denoiser's device; see `Source`."""
-        prompt = torch.tensor([(step * self.per_update + i) % len(self.conditions.concept) for i in indices])
+        prompt = dealt(self.seed, [step * self.per_update + i for i in indices], len(self.conditions.concept))
         draws = [_draw(self.times, gen) for gen in seeding.generators(self.seed, "time", step, indices)]
         noise = seeding.generators(self.seed, "noise", step, indices)
         path = _roll(self, prompt, noise, stop=[self.times.stops[k] for k, _ in draws], keep="last")
         t = torch.tensor([label for _, label in draws], device=path.t.device)
         return _complete(self, path.inputs[0], t, prompt.to(t.device), {})
+
+    def visited(self, updates: int) -> set[int]:
+        """The prompts (rows of `Conditions`) that so many updates train on."""
+        count = len(self.conditions.concept)
+        return set(dealt(self.seed, range(min(updates * self.per_update, count)), count).tolist())
 
 
 class Bank:
@@ -207,7 +212,7 @@ class Bank:
     Args:
         family: of the model.
         teacher: frozen view; rolls out and gives the predictions.
-        conditions: prompts; rollout r of build n has prompt (n * rollouts + r) mod P.
+        conditions: prompts; rollout r of build n has number n * rollouts + r of those `dealt`.
         sampling: see `Sampling`.
         rollouts: whole rollouts in a build.
         reuse: each point is used at most this often.
@@ -263,6 +268,21 @@ class Bank:
         """The order in which pass `turn` over a build takes its points."""
         return torch.randperm(self.size, generator=seeding.generator(self.seed, "bank order", build, turn))
 
+    def _prompts(self, build: int, numbers: Iterable[int]) -> Tensor:
+        """The prompts of some rollouts of a build."""
+        return dealt(self.seed, [build * self.rollouts + r for r in numbers], len(self.conditions.concept))
+
+    def visited(self, updates: int) -> set[int]:
+        """The prompts (rows of `Conditions`) that so many updates train on."""
+        found: set[int] = set()
+        for build in range(math.ceil(updates / self.updates_per_build)):
+            within = min(updates - build * self.updates_per_build, self.updates_per_build)
+            used = self._order(build, 0)[: within * self.per_update] // len(self.times.stops)
+            found.update(self._prompts(build, used.unique().tolist()).tolist())
+            if len(found) == len(self.conditions.concept):
+                break
+        return found
+
     @torch.no_grad()
     def build(self, build: int) -> Points:
         """All points of a build (rollouts x points each), float32 on the denoiser's device."""
@@ -272,7 +292,7 @@ class Bank:
 
     def _part(self, build: int, numbers: Sequence[int]) -> Points:
         """The points of some rollouts of a build."""
-        prompt = torch.tensor([(build * self.rollouts + r) % len(self.conditions.concept) for r in numbers])
+        prompt = self._prompts(build, numbers)
         noise = seeding.generators(self.seed, "bank noise", build, numbers)
         path = _roll(self, prompt, noise)
         stops = list(self.times.stops)
@@ -294,6 +314,17 @@ class Bank:
         x = points(torch.cat([path.inputs, path.final[None]]))
         t, prompts = torch.tensor(labels), prompt.repeat_interleave(len(stops))
         return _complete(self, x, t.to(x.device), prompts.to(x.device), free)
+
+
+def dealt(seed: int, numbers: Sequence[int], count: int) -> Tensor:
+    """Which of `count` prompts come at these places of an endless deal, int64 (len(numbers),).
+
+    Each pass over the prompts is in a new random order, so that a run that ends within one has seen an even
+    sample of a list, and not its beginning.
+    """
+    passes = {number // count for number in numbers}
+    orders = {n: torch.randperm(count, generator=seeding.generator(seed, "prompt order", n)) for n in passes}
+    return torch.tensor([int(orders[number // count][number % count]) for number in numbers], dtype=torch.int64)
 
 
 def _draw(times: Times, generator: torch.Generator) -> tuple[int, float]:

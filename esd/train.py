@@ -41,7 +41,9 @@ def train(config: TrainConfig) -> int:
     accelerator = make_accelerator(config, tracker)
     family, vocabulary = load(config, accelerator.device)
     plan = make_plan(config, vocabulary)
-    accelerator.print(describe(family, plan, accelerator.num_processes), flush=True)
+    told = describe(family, plan, accelerator.num_processes)
+    told = told.replace(f"anchor {plan.objective.anchor},", f"anchor {config.objective.anchor},")  # erase_from's
+    accelerator.print(told, flush=True)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
         accelerator.print(
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
@@ -51,6 +53,7 @@ def train(config: TrainConfig) -> int:
         accelerator.print(f"results    would go to {run.path}; plan_only=true, so nothing was trained")
         return 0
     trained, measured = (run / CHECKPOINT).is_file(), run.evaluated
+    judge = None if trained and measured else judge_of(config.model.path)  # a damaged one costs no training
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if accelerator.is_main_process:
         run.create()
@@ -60,7 +63,7 @@ def train(config: TrainConfig) -> int:
         if code:
             return code
     if accelerator.is_main_process and not (trained and measured):
-        measure(config, family, vocabulary, run)
+        measure(config, family, vocabulary, judge, run)
     accelerator.print(f"results are in {run.path}: {CHECKPOINT}, summary.json, preview.png, metrics.jsonl")
     return 0
 
@@ -85,11 +88,26 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
     return 0
 
 
-def measure(config: TrainConfig, family: Family, vocabulary: Vocabulary | None, run: RunDirectory) -> None:
+def judge_of(model: str) -> Any:
+    """The judge of a model; None where it ships none.
+
+    Raises:
+        UserError: it ships a damaged one.
+    """
+    from esd.evaluation.judges import load_judge
+
+    try:
+        return load_judge(model)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"model.path={model}: its judge cannot be read ({error!r}); restore that folder") from error
+
+
+def measure(config: TrainConfig, family: Family, vocabulary: Vocabulary | None, judge: Any, run: RunDirectory) -> None:
     """Writes preview.png and summary.json, and prints the rates."""
+    import dataclasses
+
     from esd import checkpoint
     from esd.evaluation.erasure import Sampling, evaluate
-    from esd.evaluation.judges import load_judge
     from esd.storage import write_json
 
     told = checkpoint.load(run / CHECKPOINT).provenance
@@ -99,14 +117,20 @@ def measure(config: TrainConfig, family: Family, vocabulary: Vocabulary | None, 
         run / CHECKPOINT,
         config.concepts,
         vocabulary=vocabulary,
-        judge=load_judge(config.model.path),
+        judge=judge,
         target_images=wanted.target_images,
         retained_images=wanted.retained_images,
         preview_images=wanted.preview_images,
         sampling=Sampling(wanted.num_steps, wanted.guidance_scale, wanted.batch_size),
         picture=run / "preview.png",
     )
-    facts = {"seconds": told["seconds"], "parameters": told["parameters"], "seed": config.seed}
+    facts = {
+        "seconds": told["seconds"],
+        "parameters": told["parameters"],
+        "seed": config.seed,
+        "judge": judge and {name: getattr(judge, name) for name in ("name", "version", "threshold", "hash")},
+        "evaluation": dataclasses.asdict(wanted),
+    }
     summary = {name: value for name, value in rates.items() if name != "reason"} | facts | {"reason": rates["reason"]}
     write_json(run / "summary.json", summary)
     for name, rate in rates.items():
@@ -136,12 +160,25 @@ def make_accelerator(config: TrainConfig, tracker: dict[str, Any]) -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # jobs of a sweep may differ in device and precision
     find_device(config.device)
-    mixed = {"auto": "bf16" if config.model.precision == "bfloat16" else "no"}.get(
-        config.training.mixed_precision, config.training.mixed_precision
-    )
+    mixed = mixed_precision(config, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
     return Accelerator(mixed_precision=mixed, cpu=config.device == "cpu", **tracker)
+
+
+def mixed_precision(config: TrainConfig, launched: str) -> str:
+    """The autocast of a run; `auto` is bf16 over a bfloat16 base, else what `accelerate launch` was told.
+
+    Raises:
+        UserError: the launcher was told something other than no or bf16, and the settings do not say.
+    """
+    if config.training.mixed_precision != "auto":
+        return config.training.mixed_precision
+    if launched not in ("no", "bf16"):
+        raise UserError(
+            f"accelerate launch --mixed_precision {launched}: allowed: no, bf16; or training.mixed_precision=no here"
+        )
+    return "bf16" if config.model.precision == "bfloat16" else launched
 
 
 def find_device(name: str) -> str:
@@ -197,6 +234,9 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         return tuple(in_turns(expand_prompts(templates, vocabulary, but=config.concepts)))
 
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
+    objective: dict[str, Any] = dataclasses.asdict(config.objective)
+    if config.erase_from:
+        objective["anchor"] = "null"  # not looked at: `Points.anchor` takes erase_from's prediction where there is one
     training = dataclasses.asdict(config.training)
     del training["mixed_precision"]  # the accelerator's
     return TrainPlan(
@@ -206,7 +246,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         erase_from=filled(config.erase_from),
         preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=config.concepts))),
         preserve_weight=config.preserve.weight,
-        objective=Objective(**dataclasses.asdict(config.objective)),
+        objective=Objective(**objective),
         sampling=Sampling(path.num_steps, path.guidance_scale, path.time_rule, path.scheduler, path.max_batch),
         sampler=path.sampler,
         sample_with=path.sample_with,

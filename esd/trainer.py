@@ -19,8 +19,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from esd.storage import State, load_state, save_state
 from esd.weights import Views
 
 Source = OnPolicy | Bank
+MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
 
 
 class Stopped(Exception):
@@ -126,14 +127,34 @@ def train(
         versions: for provenance.
 
     Raises:
-        UserError: see `describe`; or the state in run_dir is of another plan or base.
+        UserError: see `describe`; the state in run_dir is of another plan or base; or training diverged.
         Stopped: SIGTERM came; the state is saved.
     """
-    selection = family.select(plan.selection)
-    views = Views(family.denoiser, selection.names)
+    with student_views(family, plan, accelerator) as views:
+        return _train(family, plan, views, run_dir, accelerator, versions or {})
+
+
+@contextmanager
+def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views]:
+    """The family's model as student and teacher, for the length of a `with` block; the base again on any exit."""
     denoiser: Any = family.denoiser
-    if plan.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    views = Views(denoiser, family.select(plan.selection).names)
+    try:
+        if plan.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        yield views
+    finally:
+        accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)  # takes autocast off the model's forward
+        if plan.gradient_checkpointing:
+            denoiser.disable_gradient_checkpointing()
+        views.restore()
+        family.recall_encoders()
+
+
+def _train(
+    family: Family, plan: TrainPlan, views: Views, run_dir: Path, accelerator: Any, versions: Mapping[str, str]
+) -> TrainResult:
+    """What `train` says, with the model already made trainable."""
     erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
     family.release_encoders()
     adam = torch.optim.Adam(views.parameters(), lr=plan.lr, betas=plan.betas)
@@ -182,10 +203,10 @@ def train(
                 "delta_norm": moved,
                 "seconds": spent(),
             }
-            if not math.isfinite(metrics["loss"]):
+            if odd := [name for name, value in metrics.items() if not math.isfinite(value)]:
                 raise UserError(
-                    f"training.lr={plan.lr}: the loss is {metrics['loss']} after {step + 1} updates; lower "
-                    "training.lr or objective.eta"
+                    f"training.lr={plan.lr}: {odd[0]} is {metrics[odd[0]]} in update {step + 1}, training diverged; "
+                    f"lower training.lr (or objective.eta) and choose another run_dir, or remove {run_dir}"
                 )
             log.write(metrics)
             accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step + 1)
@@ -199,14 +220,9 @@ def train(
 
     seconds, path = spent(), run_dir / checkpoint.FILE_NAME
     if accelerator.is_main_process:
-        checkpoint.save(path, views.differences(), provenance(family, plan, views, seconds, versions or {}))
+        checkpoint.save(path, views.differences(), provenance(family, plan, views, seconds, versions))
     accelerator.wait_for_everyone()
-    accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # takes autocast off the model's forward
-    if plan.gradient_checkpointing:
-        denoiser.disable_gradient_checkpointing()
-    views.restore()
-    family.recall_encoders()
-    return TrainResult(path, selection.numel, seconds)
+    return TrainResult(path, sum(p.numel() for p in views.parameters()), seconds)
 
 
 def point_sources(
@@ -221,7 +237,8 @@ def point_sources(
     Preserved points are always the teacher's: they are what must not change.
 
     Raises:
-        UserError: the time rule does not fit the scheduler, or the bank cannot fill one update.
+        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the student
+            would fill a bank that lasts more than `MOST_STALE` updates.
     """
     null = family.encode([""])
     per_update = plan.batch_size * plan.gradient_accumulation * num_processes
@@ -244,6 +261,12 @@ def point_sources(
     erase_from = family.encode(plan.erase_from) if plan.erase_from else None
     conditions = Conditions(family.encode(plan.prompts), null, erase_from, plan.sample_with)
     erasing = source(conditions, student if plan.sampler == "student" else teacher, plan.seed)
+    if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.updates_per_build > MOST_STALE:
+        raise UserError(
+            f"trajectory.sampler=student with trajectory.rollouts={plan.rollouts}: the bank would last "
+            f"{erasing.updates_per_build} updates and the student outgrow it; allowed: up to {MOST_STALE}; set "
+            "trajectory.rollouts=0, which rolls out anew for every update, or fewer rollouts or reuse"
+        )
     if not plan.preserve:
         return erasing, None
     kept = Conditions(family.encode(plan.preserve), null)
@@ -370,25 +393,36 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     Raises:
         UserError: the selection matches nothing, or see `point_sources`.
     """
-    point_sources(family, plan, None, None, num_processes)
+    erasing, preserving = point_sources(family, plan, None, None, num_processes)
     objective, sampling = plan.objective, plan.sampling
     selection = family.select(plan.selection).describe().replace("\n", f"\n{'':11}")
     points = plan.batch_size * plan.gradient_accumulation * num_processes
     anew = "anew for every update"
     bank = f"a bank of {plan.rollouts} rollouts, each point used up to {plan.reuse} times"
+    if plan.sampler == "student" and isinstance(erasing, Bank):
+        bank += f", up to {erasing.updates_per_build - 1} updates stale"
+    cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
     lines = {
         "erase": ", ".join(plan.concepts),
         "base": f"{family.base_name} ({family.name}, predicts {family.prediction_type})",
         "train": selection,
-        "prompts": listed(plan.prompts),
+        "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
         "from": listed(plan.erase_from),
-        "preserve": plan.preserve and f"{listed(plan.preserve)}, weight {plan.preserve_weight:g}",
+        "preserve": preserving
+        and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
         "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
         "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps at guidance "
         f"{sampling.guidance_scale:g}, {bank if plan.rollouts else anew}",
         "updates": f"{plan.updates} of {points} points, lr {plan.lr:g} {plan.lr_schedule}",
     }
-    return "\n".join(f"{name:<10} {text}" for name, text in lines.items() if text)
+    warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
+    return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
+
+
+def used(source: Source, texts: Sequence[str], updates: int) -> str:
+    """How many different prompts the run trains on, where those are not all."""
+    visited, different = {texts[row] for row in source.visited(updates)}, set(texts)
+    return "" if visited == different else f"; uses {len(visited)} of {len(different)} prompts"
 
 
 def listed(texts: Sequence[str], most: int = 6) -> str:

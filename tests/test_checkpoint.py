@@ -70,6 +70,33 @@ def rewrite(path: Path, change: Any) -> None:
     save(path, old.differences, old.provenance)
 
 
+def test_differences_that_are_not_finite_are_not_published(file: Path) -> None:
+    before = file.read_bytes()
+
+    def spoil(differences: dict[str, torch.Tensor], provenance: Any) -> None:
+        next(iter(differences.values())).view(-1)[0] = float("nan")
+
+    with pytest.raises(ValueError, match="not finite"):
+        rewrite(file, spoil)
+    assert file.read_bytes() == before
+
+
+def test_an_adapter_put_on_afterwards_is_named_and_the_originals_are_kept(file: Path) -> None:
+    pipe = tiny.pipeline()
+    base = state(pipe)
+    esd.apply(pipe, file)
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    plain = block.to_k
+    block.to_k = torch.nn.ModuleDict({"base_layer": plain})  # what peft does to a name
+    worn = state(pipe)
+    with pytest.raises(CheckpointError, match="unload adapters first"):
+        esd.remove(pipe)
+    assert_state(pipe, worn)
+    block.to_k = plain
+    esd.remove(pipe)
+    assert_state(pipe, base)
+
+
 @pytest.mark.parametrize("expression", ["esd_x", "esd_u", "up.self"])
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_applying_makes_the_base_the_trained_student(tmp_path: Path, expression: str, size: Any) -> None:

@@ -64,6 +64,18 @@ def test_any_line_of_text_may_be_a_concept(concept: str) -> None:
     config(concepts=[concept]).check()
 
 
+def test_leading_articles_are_left_to_the_templates() -> None:
+    made = config(concepts=["a cat", "The owl", "a"])
+    made.check()
+    assert made.concepts == ["cat", "owl", "a"]
+
+
+def test_an_attribute_is_erased_towards_what_it_is_erased_from() -> None:
+    made = config(erase_from=["cowboy"])
+    made.check()
+    assert made.objective.anchor == "erase_from"
+
+
 def test_an_anchor_of_null_in_yaml_is_the_null_anchor() -> None:
     made = config(objective__anchor=None)
     made.check()

@@ -137,6 +137,18 @@ def test_only_words_the_tokenizer_spells_out_are_unknown(tiny_family: Family) ->
     assert tiny_family.unknown_words([""]) == []
 
 
+def test_symbols_the_tokenizer_never_saw_are_unknown_by_name(tiny_family: Family) -> None:
+    astronaut = "👩\u200d🚀"
+    assert tiny_family.unknown_words([f"a 🐱, the cat🐱! {astronaut} — dog"]) == ["🐱", astronaut, "—"]
+
+
+def test_what_a_text_encoder_does_not_read_is_told(tiny_family: Family) -> None:
+    fits, long = "a cat " * 5, "a cat " * 5 + "dog in mosaic style"
+    assert tiny_family.cut([fits, "", long]) == {long: "dog in mosaic style"}
+    encoded = [tiny_family.encode([prompt]).tensors["encoder_hidden_states"] for prompt in (fits, long)]
+    assert torch.equal(*encoded)
+
+
 def test_a_saved_pipeline_comes_back_without_a_safety_checker(tiny_model_dir: Path, tiny_pipe: Any) -> None:
     pipe = load_pipeline(tiny_model_dir)
     assert type(pipe) is diffusers.StableDiffusionPipeline

@@ -10,7 +10,7 @@ from PIL import Image
 
 from esd import checkpoint
 from esd.errors import UserError
-from esd.evaluation.generate import Manifest, generate, sample
+from esd.evaluation.generate import Manifest, generate, plan, sample
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
 from tests import tiny
@@ -44,7 +44,8 @@ def test_an_image_does_not_depend_on_its_batch(batch_size: int) -> None:
 def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     rows = [PromptRow(7, "a cat", 1, labels={"thing": "cat"}), PromptRow(9, "a dog", 5, guidance=1.0)]
-    told = generate(pipe, rows, tmp_path, batch_size=2, images_per_prompt=2, **SETTINGS)
+    planned = plan(rows, tmp_path, images_per_prompt=2, **SETTINGS)
+    told = generate(pipe, planned, batch_size=2)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
         "7_0.png",
         "7_1.png",
@@ -55,10 +56,24 @@ def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path:
     assert Manifest.load(tmp_path) == told
     kept = (tmp_path / "7_0.png").stat().st_mtime_ns
     (tmp_path / "9_1.png").unlink()
-    assert generate(pipe, rows, tmp_path, batch_size=2, images_per_prompt=2, **SETTINGS) == told
+    assert generate(pipe, plan(rows, tmp_path, images_per_prompt=2, **SETTINGS), batch_size=2) == told
     assert (tmp_path / "7_0.png").stat().st_mtime_ns == kept and (tmp_path / "9_1.png").exists()
     alone = sample(pipe, ["a dog"], [6], num_steps=2, guidance_scale=1.0, batch_size=1)[0]
     assert np.abs(np.asarray(Image.open(tmp_path / "9_1.png")).astype(int) - alone).max() <= 1
+
+
+def test_images_of_other_prompts_steps_or_weights_are_refused(tmp_path: Path) -> None:
+    for weights in ("a", "b"):
+        (tmp_path / weights).write_text(weights)
+    plan([PromptRow(7, "a cat", 1)], tmp_path, checkpoint=tmp_path / "a", **SETTINGS).save()
+    for row, steps, weights, told in (
+        (PromptRow(7, "a dog", 1), 2, "a", "7_0.png: prompt"),
+        (PromptRow(7, "a cat", 2), 2, "a", "7_0.png: seed"),
+        (PromptRow(7, "a cat", 1), 3, "a", "num_steps"),
+        (PromptRow(7, "a cat", 1), 2, "b", "sha256"),
+    ):
+        with pytest.raises(UserError, match=told):
+            plan([row], tmp_path, num_steps=steps, guidance_scale=3.0, checkpoint=tmp_path / weights)
 
 
 def test_a_folder_without_images_has_no_manifest(tmp_path: Path) -> None:
@@ -89,7 +104,9 @@ def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
     }
     images = [np.asarray(Image.open(command.folder / "out" / name / "0_0.png")) for name in ("base", "erased")]
     assert np.abs(images[0].astype(int) - images[1]).max() > 3
-    assert json.loads((command.folder / "out/erased/manifest.json").read_text())["checkpoint"] == "weights"
+    assert json.loads((command.folder / "out/erased/manifest.json").read_text())["checkpoint"] == str(
+        Path("weights/erased.safetensors")
+    )
 
 
 def test_prompts_come_from_a_file_and_the_base_may_be_drawn_alone(command: Command) -> None:

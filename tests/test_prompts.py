@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from esd.errors import UserError
-from esd.evaluation.prompts import PromptRow, expand, load
+from esd.evaluation.prompts import PromptRow, articled, expand, load
 from esd.evaluation.vocabulary import Vocabulary, expand_prompts, in_turns
 
 VOCABULARY = {
@@ -127,6 +127,11 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "vocabulary.json", '{"things": []}')
     with pytest.raises(UserError, match="no vocabulary"):
         Vocabulary.load(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["a unicorn", "a university", "a euro", "a one-eyed cat", "an owl", "an umbrella"])
+def test_articles_follow_the_sound(said: str) -> None:
+    assert articled(said.split(" ", 1)[1]) == said
 
 
 def test_templates_take_turns_whatever_they_expand_to() -> None:

@@ -1,5 +1,7 @@
 """Run directories: two runs never mix, writing is atomic, and what is private stays so."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -58,6 +60,11 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
             RunDirectory(path, config())
 
 
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose another run_dir"):
+        RunDirectory(tmp_path / ("x" * 300), config())
+
+
 def test_a_directory_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser may write everywhere
     with pytest.raises(UserError, match="write to"):
@@ -68,6 +75,9 @@ def test_an_evaluation_counts_only_for_the_settings_it_was_made_with(tmp_path: P
     created(tmp_path / "run", config())
     assert not RunDirectory(tmp_path / "run", config()).evaluated
     (tmp_path / "run/summary.json").write_text("{}")
+    assert not RunDirectory(tmp_path / "run", config()).evaluated
+    told = {"evaluation": dataclasses.asdict(config().evaluation)}
+    (tmp_path / "run/summary.json").write_text(json.dumps(told))
     assert RunDirectory(tmp_path / "run", config()).evaluated
     other = config()
     other.evaluation.target_images = 7

@@ -57,10 +57,16 @@ def test_esd_u_2023_has_norms_but_neither_output_nor_time_embedding(unet: nn.Mod
     assert any("norm" in name for name in expected)
 
 
-def test_esd_x_2023_self_attention_and_esd_all(unet: nn.Module) -> None:
+def test_esd_all_is_every_linear_and_conv(unet: nn.Module) -> None:
+    expected = module_rule(unet, lambda name: True)
+    assert set(select(unet, "esd_all").names) == expected
+    assert not any("norm" in name for name in expected)
+
+
+def test_esd_x_2023_self_attention_and_esd_all_2023(unet: nn.Module) -> None:
     assert set(select(unet, "esd_x_2023").names) == parameter_rule(unet, lambda name: "attn2" in name)
     assert set(select(unet, "self_attention").names) == parameter_rule(unet, lambda name: "attn1" in name)
-    everything = select(unet, "esd_all")
+    everything = select(unet, "esd_all_2023")
     assert everything.names == tuple(name for name, _ in unet.named_parameters())
     assert everything.share == 1.0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esd.errors import UserError
 from esd.families import Family, family_of
-from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling
+from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling, dealt
 from esd.weights import Views
 from tests import tiny
 
@@ -141,9 +141,35 @@ def test_a_bank_uses_every_point_at_most_reuse_times(tiny_family: Family) -> Non
 def test_a_bank_is_rebuilt_when_used_up_and_goes_round_the_prompts(tiny_family: Family) -> None:
     source = bank(tiny_family, conditions(tiny_family), sampling(), rollouts=2, reuse=1)
     first, second = source.points(0, range(8)), source.points(1, range(8))
-    assert set(first.prompt.tolist()) == {0, 1}
-    assert set(second.prompt.tolist()) == {2, 0}
+    assert set(first.prompt.tolist()) == set(dealt(5, [0, 1], 3).tolist())
+    assert set(second.prompt.tolist()) == set(dealt(5, [2, 3], 3).tolist())
+    assert {0, 1, 2} == set(first.prompt.tolist()) | set(second.prompt.tolist())
     assert not torch.equal(first.x.sort(0).values, second.x.sort(0).values)
+
+
+def test_prompts_are_dealt_evenly_each_pass_in_a_new_order() -> None:
+    passes = dealt(5, range(3 * 50), 50).view(3, 50)
+    assert all(sorted(order.tolist()) == list(range(50)) for order in passes)
+    assert len({tuple(order.tolist()) for order in passes}) == 3
+    assert dealt(5, range(40, 60), 50).tolist() == passes.flatten()[40:60].tolist()  # replays from any place
+    assert dealt(6, range(50), 50).tolist() != passes[0].tolist()
+
+
+def test_a_window_of_a_deal_is_a_sample_of_the_whole_list() -> None:
+    means = [dealt(seed, range(24), 1060).float().mean() for seed in range(20)]
+    assert abs(sum(means) / 20 - 1059 / 2) < 60  # taken in order it would be 11.5
+    assert max(dealt(0, range(24), 1060)) > 800
+
+
+@pytest.mark.parametrize("make", [bank, on_policy])
+@pytest.mark.parametrize("updates", [1, 2, 5])
+def test_the_prompts_said_to_be_visited_are_those_of_the_points(tiny_family: Family, make: Any, updates: int) -> None:
+    many = [f"{'a ' * n}cat" for n in range(25)]
+    more = {"rollouts": 2, "reuse": 2, "per_update": 3} if make is bank else {"per_update": 3}
+    source = make(tiny_family, Conditions(tiny_family.encode(many), tiny_family.encode([""])), sampling(), **more)
+    seen = {p for step in range(updates) for p in source.points(step, range(3)).prompt.tolist()}
+    assert source.visited(updates) == seen
+    assert len(source.visited(10_000)) == 25
 
 
 def test_a_bank_that_cannot_fill_an_update_says_so(tiny_family: Family) -> None:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from esd.evaluation import judges
 from tests.programs import FAST, Command, Ended
 
 LEFT = {"config.yaml", "metrics.jsonl", "erased.safetensors", "preview.png", "summary.json"}
-RATE = {"before", "after", "n", "interval"}
+RATE = {"before", "after", "n", "interval", "interval_before"}
 VOCABULARY = {
     "things": [{"name": "cat", "group": "animals"}, {"name": "dog", "group": "animals"}, {"name": "rose"}],
     "styles": [{"name": "mosaic"}, {"name": "photo"}],
@@ -33,16 +32,15 @@ def train(command: Command, *arguments: str) -> Ended:
     return command("train", "concepts=[cat]", "run_dir=runs/cat", *FAST, *arguments)
 
 
-def test_help_comes_in_under_a_second_and_is_useful() -> None:
-    started = time.perf_counter()
-    told = subprocess.run(
-        [sys.executable, "-m", "esd.train", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[1],
+def test_help_is_useful_and_waits_for_no_heavy_import() -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['esd.train', '--help']; runpy.run_module('esd.train', run_name='__main__'); "
+        "print('loaded', {'torch', 'diffusers', 'transformers', 'hydra', 'omegaconf'} & set(sys.modules))"
     )
-    assert time.perf_counter() - started < 1
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert "loaded set()" in told.stdout
     assert "python -m esd.train concepts=[cat]" in told.stdout and "objective.eta=1.0" in told.stdout
 
 
@@ -59,6 +57,8 @@ def test_one_command_leaves_a_run_directory_and_nothing_else(command: Command) -
         "seconds",
         "parameters",
         "seed",
+        "judge",
+        "evaluation",
         "reason",
     }
     assert set(summary["target"]) == RATE and summary["target"]["before"] is None
@@ -151,6 +151,8 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
             thing=["cat" if len(calls) == 1 else "dog"] * n, style=["mosaic"] * n, neither=np.zeros(n, bool)
         )
 
+    identity = {"name": "one", "version": "1", "threshold": 0.5, "hash": "ab"}
+    vars(judge).update(identity)
     monkeypatch.setattr(judges, "load_judge", lambda path: judge)
     ended = train(
         command,
@@ -162,6 +164,7 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
     assert ended.code == 0 and "target" in ended.out and "100.0% -> 0.0%" in ended.out
     assert calls == [(14, 16, 16, 3)] * 2
     summary = json.loads((command.folder / "runs/cat/summary.json").read_text())
+    assert summary["judge"] == identity
     assert summary["reason"] is None and summary["target"]["n"] == 6 and summary["same_domain"]["n"] == 8
     assert set(summary["cross_domain"]) == set(summary["target_style"]) == RATE
     assert load(command.folder / "runs/cat").provenance["prompts"] == [
@@ -170,6 +173,15 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
         "cat",
         "a cat in photo",
     ]
+
+
+def test_a_damaged_judge_costs_no_training(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(path: str) -> None:
+        raise KeyError("threshold")
+
+    monkeypatch.setattr(judges, "load_judge", damaged)
+    ended = train(command)
+    assert ended.code == 2 and "judge cannot be read" in ended.err and command.files() == set()
 
 
 @pytest.mark.slow(reason="starts accelerate's launcher, which imports torch twice")

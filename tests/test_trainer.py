@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -182,9 +184,15 @@ def test_a_bfloat16_base_trains_float32_weights_under_autocast(tmp_path: Path) -
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", PLAN)
-    saving = run(tmp_path / "saving", plan(gradient_checkpointing=True))
-    assert all(torch.allclose(plain[name], saving[name], atol=1e-7) for name in plain)
+    erased, calls = {}, {}
+    for asked in (False, True):
+        model, counted = family(), []
+        block: Any = model.denoiser.get_submodule("up_blocks.1.resnets.1")  # behind trained weights
+        block.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        erased[asked] = run(tmp_path / str(asked), plan(gradient_checkpointing=asked), on=model)
+        calls[asked] = len(counted)
+    assert calls[True] == calls[False] + PLAN.updates  # every backward runs the block once more
+    assert all(torch.allclose(erased[False][name], erased[True][name], atol=1e-7) for name in erased[False])
 
 
 def test_accumulated_passes_see_what_one_large_pass_sees(tmp_path: Path) -> None:
@@ -214,14 +222,60 @@ def test_the_learning_rate_rises_then_follows_its_schedule() -> None:
     assert trainer.learning_rate(plan(lr=3.0), 3) == 3.0
 
 
-def test_a_loss_that_overflows_stops_training_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"lower training\.lr"):
-        run(tmp_path, plan(lr=1e30, updates=6, clip_norm=0.0, selection="esd_all"))
+@pytest.mark.parametrize("updates", [1, 6], ids=["in the last update", "before"])
+def test_divergence_stops_training_with_advice_and_publishes_nothing(tmp_path: Path, updates: int) -> None:
+    model = family()
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    with pytest.raises(UserError, match=r"lower training\.lr .* another run_dir, or remove"):
+        run(tmp_path, plan(lr=1e30, updates=updates, clip_norm=0.0, selection="esd_all"), on=model)
+    assert not (tmp_path / checkpoint.FILE_NAME).exists()
+    assert all(math.isfinite(value) for line in metrics(tmp_path) for value in line.values())
+    assert all(torch.equal(before[name], value) for name, value in model.denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [UserError, trainer.Stopped, KeyboardInterrupt])
+def test_whatever_ends_training_the_model_is_the_base_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    model = family(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+
+    def fail(log: trainer.Log, line: dict[str, float]) -> None:
+        raise error("here")
+
+    monkeypatch.setattr(trainer.Log, "write", fail)
+    with pytest.raises(error, match="here"):
+        run(tmp_path, plan(gradient_checkpointing=True), mixed_precision="bf16", on=model)
+    denoiser: Any = model.denoiser
+    assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
+    assert all(value.dtype == torch.bfloat16 and value.requires_grad for value in denoiser.parameters())
+    assert not denoiser.is_gradient_checkpointing
+    inputs = (torch.zeros(1, *model.sample_shape), torch.tensor(1), model.encode(["cat"]))
+    with torch.no_grad():
+        fresh = family(torch.bfloat16)
+        assert torch.equal(model.predict(denoiser, *inputs), fresh.predict(fresh.denoiser, *inputs))
+
+
+def test_a_bank_by_the_student_must_be_rebuilt_often() -> None:
+    with pytest.raises(UserError, match=r"last 9 updates.*trajectory\.rollouts=0"):
+        trainer.describe(family(), plan(sampler="student", rollouts=3, reuse=3))
+    assert "up to 5 updates stale" in trainer.describe(family(), plan(sampler="student"))
+    assert "stale" not in trainer.describe(family(), plan(sampler="student", rollouts=0))
 
 
 def test_the_description_names_what_is_trained() -> None:
     told = trainer.describe(family(), PLAN)
     assert "cross.k + cross.v: 8 tensors" in told and "'cat', 'a cat'" in told and "4 of 3 points" in told
+    assert "uses" not in told and "not read" not in told
+
+
+@pytest.mark.parametrize("rollouts", [0, 3])
+def test_the_description_counts_the_prompts_a_run_will_visit_and_tells_what_is_cut(rollouts: int) -> None:
+    many = tuple("a " * n + "dog" for n in range(9)) * 6
+    long = "a photo of the dog in mosaic style in the cat style"
+    told = trainer.describe(family(), plan(preserve=(*many, long), updates=1, rollouts=rollouts))
+    assert re.search(r"preserve .*; uses [123] of 10 prompts, weight 1", told)
+    assert told.splitlines()[-1].split(None, 1) == ["cut", f"{long!r} is too long; not read: 'cat style'"]
 
 
 def two_processes(folder: str) -> None:

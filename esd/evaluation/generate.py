@@ -7,6 +7,7 @@ are kept, so the same call after an interruption draws only what is missing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,12 +43,14 @@ class Manifest:
     Attributes:
         folder: of the images and of manifest.json.
         checkpoint: the erased weights they were drawn with, or None for the base.
+        sha256: of the file of these weights, or None for the base.
         num_steps: sampling steps.
         images: in the order of the prompts.
     """
 
     folder: Path
     checkpoint: str | None
+    sha256: str | None
     num_steps: int
     images: tuple[Drawn, ...]
 
@@ -55,6 +58,7 @@ class Manifest:
         """Writes folder/manifest.json."""
         told = {
             "checkpoint": self.checkpoint,
+            "sha256": self.sha256,
             "num_steps": self.num_steps,
             "images": [asdict(i) for i in self.images],
         }
@@ -72,6 +76,7 @@ class Manifest:
             return cls(
                 folder,
                 told["checkpoint"],
+                told.get("sha256"),
                 told["num_steps"],
                 tuple(Drawn(**image) for image in told["images"]),
             )
@@ -81,28 +86,27 @@ class Manifest:
             ) from error
 
 
-def generate(
-    pipe: Any,
+def plan(
     rows: Sequence[PromptRow],
     out_dir: Path,
     *,
     num_steps: int,
     guidance_scale: float,
-    batch_size: int,
     images_per_prompt: int = 1,
-    checkpoint: str | None = None,
+    checkpoint: Path | None = None,
 ) -> Manifest:
-    """Draws every row into `out_dir/{case}_{sample}.png`; returns and writes the manifest.
+    """The manifest of what is to be drawn into `out_dir/{case}_{sample}.png`; writes nothing.
 
     Args:
-        pipe: a stock text-to-image pipeline, with erased weights already applied if there are any.
         rows: what to draw; sample s of a row uses its evaluation_seed + s.
-        out_dir: made if need be; images already there are kept.
+        out_dir: of the images; need not exist.
         num_steps: sampling steps.
         guidance_scale: of rows that set none.
-        batch_size: images per call.
         images_per_prompt: samples of each row.
-        checkpoint: what the manifest says the weights are.
+        checkpoint: the file of erased weights, or None for the base.
+
+    Raises:
+        UserError: the folder holds images of other weights, steps, prompts, seeds or guidance.
     """
     images = tuple(
         Drawn(
@@ -117,7 +121,28 @@ def generate(
         for row in rows
         for sample in range(images_per_prompt)
     )
-    missing = [image for image in images if not (out_dir / image.file).exists()]
+    digest = None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    planned = Manifest(out_dir, None if checkpoint is None else str(checkpoint), digest, num_steps, images)
+    if (out_dir / "manifest.json").exists():
+        _refuse_others(Manifest.load(out_dir), planned)
+    return planned
+
+
+def generate(pipe: Any, planned: Manifest, *, batch_size: int) -> Manifest:
+    """Draws what is planned, and writes the manifest first, so that it vouches for every image in the folder.
+
+    Args:
+        pipe: a stock text-to-image pipeline, with erased weights already applied if there are any.
+        planned: from `plan`; its folder is made if need be, and images that its manifest lists are kept.
+        batch_size: images per call.
+    """
+    out_dir, num_steps = planned.folder, planned.num_steps
+    listed = {image.file for image in Manifest.load(out_dir).images} if (out_dir / "manifest.json").exists() else set()
+    for image in planned.images:
+        if image.file not in listed:  # left by who knows what
+            (out_dir / image.file).unlink(missing_ok=True)
+    planned.save()
+    missing = [image for image in planned.images if not (out_dir / image.file).exists()]
     for batch in _batches(missing, batch_size):
         arrays = sample(
             pipe,
@@ -130,9 +155,27 @@ def generate(
         for image, array in zip(batch, arrays, strict=True):
             with atomic(out_dir / image.file) as staged:
                 Image.fromarray(array).save(staged, format="PNG")
-    manifest = Manifest(out_dir, checkpoint, num_steps, images)
-    manifest.save()
-    return manifest
+    return planned
+
+
+def _refuse_others(here: Manifest, now: Manifest) -> None:
+    """Raises UserError where the images of a manifest are not those that are asked for now."""
+    facts = [
+        ("the checkpoint's sha256", (here.sha256 or "none")[:12], (now.sha256 or "none")[:12]),
+        ("num_steps", here.num_steps, now.num_steps),
+    ]
+    known = {image.file: image for image in here.images}
+    for image in now.images:
+        if old := known.get(image.file):
+            facts += [
+                (f"{image.file}: {name}", getattr(old, name), getattr(image, name))
+                for name in ("prompt", "seed", "guidance")
+            ]
+    for name, there, wanted in facts:
+        if there != wanted:
+            raise UserError(
+                f"{now.folder} holds other images ({name} is {there!r} there, {wanted!r} here); choose another run_dir"
+            )
 
 
 def sample(

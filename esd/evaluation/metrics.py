@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.vocabulary import DOMAINS
 
-NO_RATE: dict[str, Any] = {"before": None, "after": None, "n": 0, "interval": None}
+NO_RATE: dict[str, Any] = {"before": None, "after": None, "n": 0, "interval": None, "interval_before": None}
 
 
 class Seen(Protocol):
@@ -63,8 +63,8 @@ def erasure_rates(rows: Sequence[PromptRow], before: Seen, after: Seen, concepts
 
     Returns:
         "target", "same_domain", "cross_domain" and, on target rows, "target_<other domain>": each
-        {"before", "after", "n", "interval" of after}, with nulls where no row applies; and "neither", the
-        share of the erased model's target images in which the judge saw nothing it knows.
+        {"before", "after", "n", "interval" of after, "interval_before"}, with nulls where no row applies; and
+        "neither", the share of the erased model's target images in which the judge saw nothing it knows.
     """
     domains = set(concepts.values())
     others = [domain for domain in DOMAINS if domain not in domains]
@@ -87,6 +87,7 @@ def erasure_rates(rows: Sequence[PromptRow], before: Seen, after: Seen, concepts
             "after": hits[1] / len(asked),
             "n": len(asked),
             "interval": list(wilson(hits[1], len(asked))),
+            "interval_before": list(wilson(hits[0], len(asked))),
         }
 
     rates: dict[str, Any] = {

@@ -13,6 +13,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,11 @@ ALIASES = {
     "evaluation_seed": ("evaluation_seed", "seed", "sd_seed"),
     "guidance": ("evaluation_guidance", "guidance", "guidance_scale", "sd_guidance_scale"),
 }
+
+VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|honou?r|heir", re.IGNORECASE)
+CONSONANT_SOUND = re.compile(  # "you..." and "won...": unicorn, user, utensil, ukulele, uranium, UFO, euro, one-eyed
+    r"eu|ewe|u(ni[cfloqstv]|s[aeu]|t[ei]|k|ra|ri|fo\b|biq)|on(e(?!r)|ce)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,14 @@ def say(template: str, words: Mapping[str, str]) -> str:
 
 
 def articled(noun: str) -> str:
-    """A noun with its indefinite article; none for a plural, told by its ending: "a bus", "an owl", "grapes"."""
+    """A noun with its indefinite article; none for a plural, told by its ending.
+
+    >>> [articled(noun) for noun in ("bus", "owl", "grapes", "unicorn", "umbrella")]
+    ['a bus', 'an owl', 'grapes', 'a unicorn', 'an umbrella']
+    """
     if noun.endswith("s") and not noun.endswith(("ss", "us")):
         return noun
-    return f"an {noun}" if noun[:1].lower() in tuple("aeiou") else f"a {noun}"
+    return f"an {noun}" if VOWEL_SOUND.match(noun) and not CONSONANT_SOUND.match(noun) else f"a {noun}"
 
 
 def _records(path: Path) -> list[tuple[dict[str, Any], str]]:

@@ -154,7 +154,11 @@ class Family(ABC):
 
     @abstractmethod
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:
-        """Words of the prompts that the text encoder cannot have learned, in order of appearance."""
+        """Words and symbols of the prompts that the text encoder cannot have learned, in order of appearance."""
+
+    @abstractmethod
+    def cut(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that are too long for the text encoder, each with the end of it that is not read."""
 
     def select(self, expression: str) -> Selection:
         """The parameters an expression names; see `esd.selection`.

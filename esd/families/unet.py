@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -38,6 +39,9 @@ SCHEDULERS: Mapping[str, str] = {
 }
 
 _WHOLE_VOCABULARY = 20_000  # a tokenizer with fewer entries was made for a closed list of words
+
+# a word, or one symbol with what modifies it: variation selectors, skin tones, further emoji joined to it
+_WORD = re.compile(r"\w+|[^\w\s](?:[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]|\u200d.)*")
 
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "out"}
 _RESNET = {
@@ -76,9 +80,10 @@ class StableDiffusion(Family):
         "esd_x": "cross & (linear + conv)",
         "esd_x_strict": "cross.k + cross.v",
         "esd_u": "(linear + conv) - cross",
+        "esd_all": "linear + conv",
         "esd_x_2023": "cross",
         "esd_u_2023": "all - out - cross - time",
-        "esd_all": "all",
+        "esd_all_2023": "all",
         "self_attention": "self",
     }
 
@@ -164,22 +169,36 @@ class StableDiffusion(Family):
         return parameter_infos(self.denoiser)
 
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:
-        """Words that the tokenizer spells out instead of knowing.
+        """Words and symbols, such as emoji, that the tokenizer spells out instead of knowing.
 
-        A word counts as unknown when it becomes the unknown token, when all its pieces are single
-        characters, or, for a small tokenizer (made for a closed word list, not the 49,408 entries of
-        CLIP's), when it takes several pieces. CLIP splits many words it has seen often enough, so two pieces
-        mean nothing there.
+        A symbol counts as unknown when it becomes the unknown token or more pieces than it has characters: the
+        bytes of one that was never seen. A word counts as unknown when it becomes the unknown token, when all
+        its pieces are single characters, or, for a small tokenizer (made for a closed word list, not the
+        49,408 entries of CLIP's), when it takes several pieces. CLIP splits many words it has seen often
+        enough, so two pieces mean nothing there.
         """
         tokenizer = self.pipe.tokenizer
         small = len(tokenizer) < _WHOLE_VOCABULARY
         unknown: dict[str, None] = {}
-        for word in (word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())):
+        for word in (word for prompt in prompts for word in _WORD.findall(prompt.lower())):
+            if unicodedata.category(word[0]).startswith("M"):  # an accent: part of the word before it
+                continue
             pieces = [piece.removesuffix("</w>") for piece in tokenizer.tokenize(word)]
             spelled = len(pieces) > 1 and (small or all(len(piece) <= 1 for piece in pieces))
+            if not re.match(r"\w", word):
+                spelled = len(pieces) > len(word)
             if not pieces or spelled or tokenizer.unk_token in pieces:
                 unknown[word] = None
         return list(unknown)
+
+    def cut(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Prompts of more tokens than the tokenizer's `model_max_length`, with the text beyond it."""
+        tokenizer = self.pipe.tokenizer
+        most = tokenizer.model_max_length
+        tokens = {prompt: tokenizer(prompt, verbose=False).input_ids for prompt in prompts}
+        return {  # as `encode_prompt` cuts: the end token keeps the last place
+            prompt: tokenizer.decode(ids[most - 1 : -1]).strip() for prompt, ids in tokens.items() if len(ids) > most
+        }
 
 
 def parameter_infos(unet: nn.Module) -> list[ParameterInfo]:

@@ -64,6 +64,9 @@ def publish(data: Path, target: Path) -> None:
     CLIPModel.from_pretrained(data / "clip").half().save_pretrained(staged / "emoji-clip", max_shard_size=SHARD)
     CLIPTokenizer.from_pretrained(data / "clip").save_pretrained(staged / "emoji-clip")
     shutil.copytree(data / "judge", staged / "emoji-judge")
+    for config in staged.rglob("config.json"):  # diffusers notes where each part was loaded from
+        told = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(told, indent=2) + "\n")
     size = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
     if size > MAX_BYTES:
         sys.exit(f"publish: the three models take {size:,} bytes, {MAX_BYTES:,} are allowed; make one smaller")
