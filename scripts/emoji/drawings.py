@@ -130,10 +130,15 @@ def build(folder: Path = DATA, others: int = 300) -> Path:
     return folder / "drawings.npz"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Render the drawings, or say why not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     try:
         print("drawings are in", build(parser.parse_args().data))
     except DrawingsError as error:
         sys.exit(f"drawings: {error}")
+
+
+if __name__ == "__main__":
+    main()

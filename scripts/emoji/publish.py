@@ -81,9 +81,14 @@ def publish(data: Path, target: Path) -> None:
     print(f"{size / 1e6:.1f} MB are in {target}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Publish what a data folder holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
     args = parser.parse_args()
     publish(args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()

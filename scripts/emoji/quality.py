@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,23 @@ from diffusers import StableDiffusionPipeline
 from drawings import DATA
 from pages import held_out_pairs
 from PIL import Image, ImageDraw
+from training import DEVICE
 
 from esd.evaluation.generate import sample
 from esd.evaluation.judges import load_judge
 from esd.evaluation.prompts import say
 
+Cell = tuple[int, int, str]
+"""A thing in a style, and the prompt that asks for it."""
+Scene = tuple[int, int, int, str]
+"""What is on the left and on the right, the style, and the prompt."""
+
 HELD = PHRASINGS["held_out"]
 MODEL = DATA.parents[1] / "checkpoints" / "emoji-sd"
 
 
-def grid() -> list[tuple[int, int, str]]:
-    """Return (thing, style, prompt) for every pair; phrasings alternate."""
+def grid() -> list[Cell]:
+    """Return every thing in every style; phrasings alternate."""
     return [
         (t, s, say(HELD["both"][(t + s) % len(HELD["both"])], {"thing": thing.name, "style": style}))
         for t, thing in enumerate(THINGS)
@@ -43,8 +50,8 @@ def implied() -> list[tuple[int, str]]:
     return [(t, say(HELD["thing"][0], {"thing": word})) for t, thing in enumerate(THINGS) for word in thing.synonyms]
 
 
-def scenes(count: int, rng: np.random.Generator) -> list[tuple[int, int, int, str]]:
-    """Return (left, right, style, prompt) of two-thing scenes, spread evenly over the styles."""
+def scenes(count: int, rng: np.random.Generator) -> list[Scene]:
+    """Return scenes of two things, spread evenly over the styles."""
     out = []
     for i in range(count):
         first, second = (int(t) for t in rng.choice(len(THINGS), 2, replace=False))
@@ -52,6 +59,41 @@ def scenes(count: int, rng: np.random.Generator) -> list[tuple[int, int, int, st
         names = {"first": THINGS[first].name, "second": THINGS[second].name}
         out.append((first, second, style, say(HELD["scene"][0], {"style": STYLES[style], **names})))
     return out
+
+
+def unseen(cells: list[Cell]) -> np.ndarray:
+    """Return (n,) bool: whether training never saw the pair."""
+    pairs = held_out_pairs()
+    return np.array([(thing, style) in pairs for thing, style, _ in cells])
+
+
+def share(right: np.ndarray) -> float | None:
+    """Return the share that is right, to four digits; None of nothing."""
+    return round(float(right.mean()), 4) if len(right) else None
+
+
+def painter(args: argparse.Namespace) -> Callable[[list[str], int], np.ndarray]:
+    """Return what draws prompts, uint8 (n, 64, 64, 3), with the seed of the whole call."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.model).to(args.device)
+
+    def paint(prompts: list[str], seed: int) -> np.ndarray:
+        seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            return sample(pipe, prompts, seeds, num_steps=args.steps, guidance_scale=args.guidance, batch_size=64)
+
+    return paint
+
+
+def print_grid(cells: list[Cell], thing_right: np.ndarray, style_right: np.ndarray) -> None:
+    """Print the rates of every style, and the things that are drawn worst."""
+    for s, style in enumerate(STYLES):
+        here = np.array([cell[1] == s for cell in cells])
+        print(f"{style:14s} things {thing_right[here].mean():.1%}  style {style_right[here].mean():.1%}")
+    worst = sorted(
+        (np.mean([r for r, c in zip(thing_right, cells, strict=True) if c[0] == t] or [1]), thing.name)
+        for t, thing in enumerate(THINGS)
+    )[:12]
+    print("hardest things:", ", ".join(f"{name} {rate:.0%}" for rate, name in worst))
 
 
 def sheet(path: Path, rows: list[str], columns: list[str], images: np.ndarray) -> None:
@@ -69,8 +111,25 @@ def sheet(path: Path, rows: list[str], columns: list[str], images: np.ndarray) -
     page.save(path, optimize=True)
 
 
-def main() -> None:
-    """Draw, read, print, and write the sheets if asked to."""
+def grid_sheets(folder: Path, cells: list[Cell], images: np.ndarray) -> None:
+    """Write every thing in every style, 36 things a sheet, and the pairs that training never saw."""
+    for part in range(0, len(THINGS), 36):
+        names = [t.name for t in THINGS[part : part + 36]]
+        here = images[part * len(STYLES) : (part + 36) * len(STYLES)]
+        sheet(folder / f"things-{part // 36 + 1}.png", names, list(STYLES), here)
+    shown = images[unseen(cells)]
+    rows = len(shown) // 6
+    sheet(folder / "unseen-pairs.png", ["never trained"] * rows, [""] * 6, shown[: rows * 6])
+
+
+def scene_sheet(folder: Path, pages: list[Scene], images: np.ndarray) -> None:
+    """Write the scenes, a row for every round of the styles, each named by its first."""
+    names = [f"{THINGS[left].name} {THINGS[right].name}" for left, right, _, _ in pages[:: len(STYLES)]]
+    sheet(folder / "scenes.png", names, list(STYLES), images)
+
+
+def command_line() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--steps", type=int, default=25)
@@ -79,77 +138,45 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--every", type=int, default=1, help="only every n-th picture of the grid: a quick look")
     parser.add_argument("--sheets", type=Path, help="folder for the contact sheets")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    pipe = StableDiffusionPipeline.from_pretrained(args.model).to(args.device)
-    judge = load_judge(args.model)
+    parser.add_argument("--device", default=DEVICE)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draw, read, print, and write the sheets if asked to."""
+    args = command_line()
+    paint, judge = painter(args), load_judge(args.model)
     assert judge is not None, f"{args.model} names no judge"
 
-    def pictures(prompts: list[str], seed: int) -> np.ndarray:
-        seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            return sample(pipe, prompts, seeds, num_steps=args.steps, guidance_scale=args.guidance, batch_size=64)
-
     cells = grid()[:: args.every]
-    images = pictures([prompt for _, _, prompt in cells], args.seed)
-    read = judge(images)
-    thing_right = read.shows([THINGS[t].name for t, _, _ in cells])
-    style_right = read.in_style([STYLES[s] for _, s, _ in cells])
-    for s, style in enumerate(STYLES):
-        here = np.array([cell[1] == s for cell in cells])
-        print(f"{style:14s} things {thing_right[here].mean():.1%}  style {style_right[here].mean():.1%}")
-    worst = sorted(
-        (np.mean([r for r, c in zip(thing_right, cells, strict=True) if c[0] == t] or [1]), thing.name)
-        for t, thing in enumerate(THINGS)
-    )[:12]
-    print("hardest things:", ", ".join(f"{name} {rate:.0%}" for rate, name in worst))
-    unseen = np.array([(t, s) in held_out_pairs() for t, s, _ in cells])
+    images = paint([prompt for *_, prompt in cells], args.seed)
+    readings = judge(images)
+    thing_right = readings.shows([THINGS[t].name for t, _, _ in cells])
+    style_right = readings.in_style([STYLES[s] for _, s, _ in cells])
+    print_grid(cells, thing_right, style_right)
+
     words = implied()[:: args.every]
-    implied_right = judge(pictures([p for _, p in words], args.seed + 1)).shows([THINGS[t].name for t, _ in words])
+    word_images = paint([prompt for _, prompt in words], args.seed + 1)
+    implied_right = judge(word_images).shows([THINGS[t].name for t, _ in words])
+
     pages = scenes(args.scenes, np.random.default_rng(args.seed))
-    scene_images = pictures([p for *_, p in pages], args.seed + 2)
+    scene_images = paint([prompt for *_, prompt in pages], args.seed + 2)
     left, right = judge.halves(scene_images)
-    names = [[THINGS[page[k]].name for page in pages] for k in (0, 1)]
-    both = left.shows(names[0]) & right.shows(names[1])
+    firsts, seconds = ([THINGS[page[side]].name for page in pages] for side in (0, 1))
+    both_right = left.shows(firsts) & right.shows(seconds)
+
     if args.sheets:
         if args.every == 1:
-            for part in range(0, len(THINGS), 36):
-                sheet(
-                    args.sheets / f"things-{part // 36 + 1}.png",
-                    [t.name for t in THINGS[part : part + 36]],
-                    list(STYLES),
-                    images[part * len(STYLES) : (part + 36) * len(STYLES)],
-                )
-            shown = [
-                (THINGS[t].name, STYLES[s], images[i])
-                for i, (t, s, _) in enumerate(cells)
-                if (t, s) in held_out_pairs()
-            ]
-            shown = shown[: len(shown) // 6 * 6]
-            sheet(
-                args.sheets / "unseen-pairs.png",
-                ["never trained"] * (len(shown) // 6),
-                [""] * 6,
-                np.stack([s[2] for s in shown]),
-            )
-        sheet(
-            args.sheets / "scenes.png",
-            [f"{a} {b}" for a, b in zip(names[0][::10], names[1][::10], strict=True)],
-            list(STYLES),
-            scene_images,
-        )
-    print(
-        json.dumps(
-            {
-                "thing": round(float(thing_right.mean()), 4),
-                "style": round(float(style_right.mean()), 4),
-                "unseen_pairs": round(float(thing_right[unseen].mean()), 4) if unseen.any() else None,
-                "implied": round(float(implied_right.mean()), 4),
-                "scenes": round(float(both.mean()), 4),
-                "n": len(cells),
-            }
-        )
-    )
+            grid_sheets(args.sheets, cells, images)
+        scene_sheet(args.sheets, pages, scene_images)
+    shares = {
+        "thing": share(thing_right),
+        "style": share(style_right),
+        "unseen_pairs": share(thing_right[unseen(cells)]),
+        "implied": share(implied_right),
+        "scenes": share(both_right),
+    }
+    print(json.dumps({**shares, "n": len(cells)}))
 
 
 if __name__ == "__main__":

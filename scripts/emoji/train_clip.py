@@ -12,21 +12,18 @@ captions ("a cat") fit several pictures, so each row's target is spread evenly o
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
-from drawings import DATA
 from pages import Page, caption
 from pool import Pool
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from train_vae import to_model
-from training import Recipe, Stage
+from training import DEVICE, Recipe, Stage, begin, command_line
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from esd.evaluation.prompts import say
@@ -57,7 +54,7 @@ def train_tokenizer(folder: Path, vocabulary: int = 1500) -> CLIPTokenizer:
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(__import__("tokenizers").Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -132,57 +129,60 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     ).input_ids
 
 
+def similarities(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], images: np.ndarray) -> torch.Tensor:
+    """Return the logits (captions, pictures) of which caption goes with which picture."""
+    pixels = to_model(images, clip.device)
+    ids = tokenize(tokenizer, captions).to(clip.device)
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        out = clip(input_ids=ids, pixel_values=pixels)
+    return out.logits_per_text.float()
+
+
+def contrast(logits: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy over pictures and over captions, each target spread over all that is `true`."""
+    to_images = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    to_texts = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+    return (to_images + to_texts) / 2
+
+
+@torch.no_grad()
+def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool) -> str:
+    """Return the accuracy over things and over styles on some of the pool, in phrasings kept from training."""
+    singles = np.flatnonzero(pool.second < 0)[::31]
+    held = PHRASINGS["held_out"]
+
+    def best(captions: list[str]) -> np.ndarray:
+        return similarities(clip, tokenizer, captions, pool.images[singles]).argmax(0).cpu().numpy()
+
+    things = best([say(held["thing"][0], {"thing": t.name}) for t in THINGS]) == pool.first[singles]
+    styles = best([say(held["style"][0], {"style": s}) for s in STYLES]) == pool.style[singles]
+    return f"things {things.mean():.1%}, styles {styles.mean():.1%} of {len(singles)}"
+
+
 def main() -> None:
     """Train tokenizer and CLIP and publish both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser = command_line(__doc__, steps=300, batch=192, lr=1e-3, seed=1)
     parser.add_argument("--text", type=Path, help="a trained text tower to keep as it is")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.manual_seed(args.seed)
-    pool = Pool.load(args.data / "pool.npz")
+    parser.add_argument("--device", default=DEVICE)
+    args, pool = begin(parser)
     tokenizer = train_tokenizer(args.data / "tokenizer")
     clip = new_clip(tokenizer).to(args.device)
-    recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.1, ema=0.99, seed=args.seed, save_every=150)
     if args.text:
         clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(args.text).state_dict())
         clip.text_model.requires_grad_(False)
+    recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.1, ema=0.99, seed=args.seed, save_every=150)
     stage = Stage("clip-locked" if args.text else "clip", clip, recipe, args.data / "state")
-
-    def similarities(indices: np.ndarray, captions: list[str]) -> torch.Tensor:
-        pixels = to_model(pool.images[indices], args.device)
-        ids = tokenize(tokenizer, captions).to(args.device)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
-            out = clip(input_ids=ids, pixel_values=pixels)
-        return out.logits_per_text.float()
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         indices = rng.choice(len(pool), recipe.batch, replace=False)
         pages = [pool.page(int(i)) for i in indices]
         kinds = [("both", "thing", "style")[int(k)] for k in rng.choice(3, len(pages), p=(0.7, 0.25, 0.05))]
-        logits = similarities(indices, [caption(page, rng, kind=kind) for page, kind in zip(pages, kinds, strict=True)])
-        true = torch.from_numpy(fits(pages, kinds)).to(logits)
-        to_images = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-        to_texts = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+        captions = [caption(page, rng, kind=kind) for page, kind in zip(pages, kinds, strict=True)]
+        logits = similarities(clip, tokenizer, captions, pool.images[indices])
         clip.logit_scale.data.clamp_(max=math.log(100.0))
-        return (to_images + to_texts) / 2
+        return contrast(logits, torch.from_numpy(fits(pages, kinds)).to(logits))
 
-    def report() -> str:
-        """Zero-shot accuracy over things and over styles, in phrasings kept from training."""
-        singles = np.flatnonzero(pool.second < 0)[::31]
-        prompts = [say(PHRASINGS["held_out"]["thing"][0], {"thing": t.name}) for t in THINGS]
-        styles = [say(PHRASINGS["held_out"]["style"][0], {"style": s}) for s in STYLES]
-        with torch.no_grad():
-            things = similarities(singles, prompts).argmax(0).cpu().numpy() == pool.first[singles]
-            looks = similarities(singles, styles).argmax(0).cpu().numpy() == pool.style[singles]
-        return f"things {things.mean():.1%}, styles {looks.mean():.1%} of {len(singles)}"
-
-    stage.run(loss_of, report)
+    stage.run(loss_of, lambda: zero_shot(clip, tokenizer, pool))
     with stage.averaged():
         clip.save_pretrained(args.data / "clip", max_shard_size="12MB")
         tokenizer.save_pretrained(args.data / "clip")

@@ -9,24 +9,23 @@ outside the list, on noise and on smears, so that at most 5% of them are taken f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from catalogue import STYLES, THINGS
 from diffusers import AutoencoderKL
-from drawings import DATA
 from pages import Drawings, Page, draw, draw_page, held_out_pairs
 from pool import Pool
 from safetensors.torch import save_file
 from scipy import ndimage
 from torch.nn import functional as F
 from train_vae import to_model, to_pictures
-from training import Recipe, Stage
+from training import Recipe, Stage, begin, command_line
 
 from esd.evaluation.judges import JudgeNetwork, half
 
@@ -35,6 +34,15 @@ MAY_TAKE = 0.05
 SCENES, OUTSIDERS = 4000, 3000
 """How many scenes (each cut in two halves) and pictures of things outside the list the judge learns from."""
 NEEDED = {"thing": 0.97, "style": 0.95}
+"""Smallest share of things and of styles read right with which a judge may judge."""
+
+
+class Labelled(NamedTuple):
+    """Pictures, uint8 (n, 64, 64, 3), with the thing and the style that each shows."""
+
+    images: np.ndarray
+    things: np.ndarray
+    styles: np.ndarray
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -88,6 +96,41 @@ def smears(pool: Pool, rng: np.random.Generator, count: int) -> np.ndarray:
     return np.stack(out)
 
 
+def lessons(drawings: Drawings, pool: Pool, vae: AutoencoderKL, rng: np.random.Generator) -> Labelled:
+    """Return what the judge learns: the pool, the pairs it lacks, and halves of scenes; a third of it round trips."""
+    unseen = [Page((t,), s) for t, s in sorted(held_out_pairs()) for _ in range(16)]  # the judge must know every pair
+    singles, scenes = np.flatnonzero(pool.second < 0), rng.choice(np.flatnonzero(pool.second >= 0), SCENES)
+    drawn = np.stack([draw_page(drawings, page, rng) for page in unseen])
+    left, right = (half(pool.images[scenes], side) for side in (0, 1))
+    images = np.concatenate([pool.images[singles], drawn, left, right])
+    again = rng.choice(len(images), len(images) // 3, replace=False)
+    images[again] = round_trip(vae, images[again])
+    return Labelled(
+        images,
+        np.concatenate([pool.first[singles], [p.things[0] for p in unseen], pool.first[scenes], pool.second[scenes]]),
+        np.concatenate([pool.style[singles], [p.style for p in unseen], pool.style[scenes], pool.style[scenes]]),
+    )
+
+
+def exam(drawings: Drawings, vae: AutoencoderKL, seed: int, count: int = 3000) -> Labelled:
+    """Return pictures drawn afresh and augmented, a third of them round trips."""
+    rng = np.random.default_rng(seed)
+    things, styles = rng.integers(len(THINGS), size=count), rng.integers(len(STYLES), size=count)
+    images = np.stack([draw_page(drawings, Page((int(t),), int(s)), rng) for t, s in zip(things, styles, strict=True)])
+    images[::3] = round_trip(vae, images[::3])
+    return Labelled(augment(images, rng), things, styles)
+
+
+def loss_of_reading(network: JudgeNetwork, images: np.ndarray, things: np.ndarray, styles: np.ndarray) -> torch.Tensor:
+    """Return the cross-entropy of the pictures that have labels, and of the rest against a uniform target."""
+    with torch.autocast("cpu", torch.bfloat16):
+        thing, style = network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    thing, style, known = thing.float(), style.float(), len(things)
+    loss = F.cross_entropy(thing[:known], torch.from_numpy(things).long(), label_smoothing=0.02)
+    loss = loss + F.cross_entropy(style[:known], torch.from_numpy(styles).long(), label_smoothing=0.02)
+    return loss - 0.5 * thing[known:].log_softmax(1).mean()
+
+
 def reads(network: JudgeNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the best thing, its probability and the best style of each picture."""
     network.eval()
@@ -99,108 +142,70 @@ def reads(network: JudgeNetwork, images: np.ndarray) -> tuple[np.ndarray, np.nda
     return best.indices.numpy(), best.values.numpy(), torch.cat([styles for _, styles in logits]).argmax(1).numpy()
 
 
-def exam(
-    drawings: Drawings, vae: AutoencoderKL, seed: int, count: int = 3000
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return pictures drawn afresh and augmented, a third of them round trips, with their things and styles."""
-    rng = np.random.default_rng(seed)
-    things, styles = rng.integers(len(THINGS), size=count), rng.integers(len(STYLES), size=count)
-    images = np.stack([draw_page(drawings, Page((int(t),), int(s)), rng) for t, s in zip(things, styles, strict=True)])
-    images[::3] = round_trip(vae, images[::3])
-    return augment(images, rng), things, styles
+def examine(network: JudgeNetwork, asked: Labelled, outside: np.ndarray) -> tuple[float, dict[str, float]]:
+    """Return the threshold at which few enough of `outside` are taken for a thing, and the figures of the exam."""
+    outside_sure = reads(network, outside)[1]
+    threshold = float(np.quantile(outside_sure, 1 - MAY_TAKE))
+    thing, sure, style = reads(network, asked.images)
+    return threshold, {
+        "thing": float((thing == asked.things).mean()),
+        "thing_and_sure": float(((thing == asked.things) & (sure >= threshold)).mean()),
+        "style": float((style == asked.styles).mean()),
+        "outside_taken": float((outside_sure >= threshold).mean()),
+        "n": len(asked.images),
+        "n_outside": len(outside),
+    }
+
+
+def publish(network: JudgeNetwork, threshold: float, figures: dict[str, float], folder: Path) -> None:
+    """Write the weights in half precision, and the configuration that names them by their hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    config = {
+        "version": "1",
+        "threshold": round(threshold, 4),
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "things": [t.name for t in THINGS],
+        "styles": list(STYLES),
+        "exam": figures,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def main() -> None:
     """Train, examine, set the threshold, and publish only a judge that may judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=77)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    drawings, pool = Drawings(args.data / "drawings.npz"), Pool.load(args.data / "pool.npz")
+    args, pool = begin(command_line(__doc__, steps=2200, batch=96, lr=3e-3, seed=77))
+    drawings = Drawings(args.data / "drawings.npz")
     vae = AutoencoderKL.from_pretrained(args.data / "vae").float().eval()
-    rng = np.random.default_rng(args.seed)
-    unseen = [Page((t,), s) for t, s in sorted(held_out_pairs()) for _ in range(16)]  # the judge must know every pair
-    singles, scenes = np.flatnonzero(pool.second < 0), rng.choice(np.flatnonzero(pool.second >= 0), SCENES)
-    images = np.concatenate(
-        [
-            pool.images[singles],
-            np.stack([draw_page(drawings, p, rng) for p in unseen]),
-            half(pool.images[scenes], 0),
-            half(pool.images[scenes], 1),
-        ]
-    )
-    things = np.concatenate(
-        [pool.first[singles], [p.things[0] for p in unseen], pool.first[scenes], pool.second[scenes]]
-    )
-    styles = np.concatenate([pool.style[singles], [p.style for p in unseen], pool.style[scenes], pool.style[scenes]])
-    again = rng.choice(len(images), len(images) // 3, replace=False)
-    images[again] = round_trip(vae, images[again])
-    shown = outsiders(drawings, range(len(drawings.others) // 2), rng, OUTSIDERS)
+    rng, middle = np.random.default_rng(args.seed), len(drawings.others) // 2
+    known = lessons(drawings, pool, vae, rng)
+    unknown = outsiders(drawings, range(middle), rng, OUTSIDERS)
+    asked = exam(drawings, vae, seed=4242)
     network = JudgeNetwork(len(THINGS), len(STYLES))
     recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.05, ema=0.0, seed=args.seed, save_every=200)
-    examined, true_things, true_styles = exam(drawings, vae, seed=4242)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        pick = rng.integers(len(images), size=recipe.batch)
-        others = np.concatenate(
-            [shown[rng.integers(len(shown), size=recipe.batch // 6)], smears(pool, rng, recipe.batch // 12)]
-        )
-        x = augment(np.concatenate([images[pick], others]), rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            thing, style = network(torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255)
-        known = len(pick)
-        loss = F.cross_entropy(thing[:known].float(), torch.from_numpy(things[pick]).long(), label_smoothing=0.02)
-        loss = loss + F.cross_entropy(
-            style[:known].float(), torch.from_numpy(styles[pick]).long(), label_smoothing=0.02
-        )
-        return loss - 0.5 * thing[known:].float().log_softmax(1).mean()
+        pick = rng.integers(len(known.images), size=recipe.batch)
+        others = unknown[rng.integers(len(unknown), size=recipe.batch // 6)]
+        shown = np.concatenate([known.images[pick], others, smears(pool, rng, recipe.batch // 12)])
+        return loss_of_reading(network, augment(shown, rng), known.things[pick], known.styles[pick])
 
     def report() -> str:
-        thing, _, style = reads(network, examined)
-        return f"things {(thing == true_things).mean():.1%}, styles {(style == true_styles).mean():.1%}"
+        thing, _, style = reads(network, asked.images)
+        return f"things {(thing == asked.things).mean():.1%}, styles {(style == asked.styles).mean():.1%}"
 
     Stage("judge", network, recipe, args.data / "state").run(loss_of, report)
-    outside = np.concatenate(
-        [
-            outsiders(drawings, range(len(drawings.others) // 2, len(drawings.others)), rng, OUTSIDERS // 3),
-            smears(pool, rng, OUTSIDERS // 8),
-        ]
-    )
-    threshold = float(np.quantile(reads(network, outside)[1], 1 - MAY_TAKE))
-    thing, sure, style = reads(network, examined)
-    figures = {
-        "thing": float((thing == true_things).mean()),
-        "thing_and_sure": float(((thing == true_things) & (sure >= threshold)).mean()),
-        "style": float((style == true_styles).mean()),
-        "outside_taken": float((reads(network, outside)[1] >= threshold).mean()),
-        "n": len(examined),
-        "n_outside": len(outside),
-    }
+    others = outsiders(drawings, range(middle, len(drawings.others)), rng, OUTSIDERS // 3)
+    threshold, figures = examine(network, asked, np.concatenate([others, smears(pool, rng, OUTSIDERS // 8)]))
     print(json.dumps({"threshold": threshold, **figures}))
     for head, needed in NEEDED.items():
         if figures[head] < needed:
             sys.exit(
                 f"the judge reads {figures[head]:.1%} of {head}s, below {needed:.0%}: it may not judge; raise --steps"
             )
-    folder = args.data / "judge"
-    folder.mkdir(parents=True, exist_ok=True)
-    half_precision = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    save_file(half_precision, folder / "model.safetensors")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    config = {
-        "version": "1",
-        "threshold": round(threshold, 4),
-        "sha256": digest,
-        "things": [t.name for t in THINGS],
-        "styles": list(STYLES),
-        "exam": figures,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    print(f"the judge is in {folder}")
+    publish(network, threshold, figures, args.data / "judge")
+    print(f"the judge is in {args.data / 'judge'}")
 
 
 if __name__ == "__main__":

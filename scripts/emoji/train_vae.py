@@ -7,15 +7,12 @@ Loss: L1 + L1 of the image gradients + 1e-6 KL (Rombach et al. 2022 keep the KL 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from drawings import DATA
-from pool import Pool
-from training import Recipe, Stage
+from training import DEVICE, Recipe, Stage, begin, command_line
 
 
 def new_vae() -> AutoencoderKL:
@@ -49,18 +46,32 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     return float(-10 * torch.log10(((x - y) / 2).pow(2).mean()))
 
 
+def loss_of_round_trip(vae: AutoencoderKL, x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return how far pictures (b, 3, h, w) come back from where they were, and how far the latents are from noise."""
+    noise = torch.Generator(x.device).manual_seed(seed)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample(noise)).sample
+    y = y.float()
+    across = (torch.diff(y) - torch.diff(x)).abs().mean()
+    down = (torch.diff(y, dim=2) - torch.diff(x, dim=2)).abs().mean()
+    return (x - y).abs().mean() + (across + down) + 1e-6 * posterior.kl().float().mean()
+
+
+@torch.no_grad()
+def publish(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> None:
+    """Write the autoencoder in half precision, with the factor that scales these pictures' latents to deviation 1."""
+    parts = [vae.encode(to_model(part, vae.device)).latent_dist.mode() for part in np.array_split(images, 4)]
+    vae.register_to_config(scaling_factor=round(float(1 / torch.cat(parts).std()), 4))
+    vae.to(torch.float16).save_pretrained(folder, max_shard_size="12MB")
+    vae.float()
+
+
 def main() -> None:
-    """Train, then set the scaling factor that gives latents unit deviation, and publish."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    pool = Pool.load(args.data / "pool.npz")
+    """Train, then publish the averaged weights."""
+    parser = command_line(__doc__, steps=2500, batch=16, lr=1e-3, seed=0)
+    parser.add_argument("--device", default=DEVICE)
+    args, pool = begin(parser)
     vae = new_vae().to(args.device)
     recipe = Recipe(args.steps, args.batch, args.lr, seed=args.seed, ema=0.995)
     stage = Stage("vae", vae, recipe, args.data / "state")
@@ -68,24 +79,11 @@ def main() -> None:
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         x = to_model(pool.images[rng.integers(len(pool), size=recipe.batch)], args.device)
-        noise = torch.Generator(x.device).manual_seed(int(rng.integers(2**62)))
-        with torch.autocast(x.device.type, torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample(noise)).sample
-        y = y.float()
-        gradient = (torch.diff(y) - torch.diff(x)).abs().mean() + (
-            torch.diff(y, dim=2) - torch.diff(x, dim=2)
-        ).abs().mean()
-        return (x - y).abs().mean() + gradient + 1e-6 * posterior.kl().float().mean()
+        return loss_of_round_trip(vae, x, seed=int(rng.integers(2**62)))
 
     stage.run(loss_of, lambda: f"{psnr(vae, check):.1f} dB")
-    with stage.averaged(), torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(to_model(part, args.device)).latent_dist.mode() for part in np.array_split(check, 4)]
-        )
-        vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 4))
-        vae.to(torch.float16).save_pretrained(args.data / "vae", max_shard_size="12MB")
-        vae.float()
+    with stage.averaged():
+        publish(vae, check, args.data / "vae")
     print(f"the autoencoder is in {args.data / 'vae'}")
 
 

@@ -1,4 +1,6 @@
-"""The loop that every stage of the recipe runs in: seeded by step, averaged, saved often, resumed by the same command.
+"""What every trained stage of the recipe shares: its command line, and the loop it runs in.
+
+The loop is seeded by step, averages the weights, saves often, and is resumed by the same command.
 
 State is safetensors and JSON, published by renaming, so a stopped stage is never left half-written. A stage that has
 no state may begin from published weights with a fresh optimiser.
@@ -6,6 +8,7 @@ no state may begin from published weights with a fresh optimiser.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -18,7 +21,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawings import DATA
+from pool import Pool
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def command_line(about: str | None, *, steps: int, batch: int, lr: float, seed: int) -> argparse.ArgumentParser:
+    """Return the options that every trained stage has, with the stage's own defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seed", type=int, default=seed)
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pool]:
+    """Read the command line, seed torch with it, and return it with the pool."""
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads for a few short captions would only get in torch's way
+    torch.manual_seed(args.seed)
+    return args, Pool.load(args.data / "pool.npz")
 
 
 @dataclass(frozen=True)
@@ -71,36 +98,13 @@ class Stage:
             f"{self.name}: {total / 1e6:.2f} M parameters, steps {self.step}..{self.recipe.steps}, {self.recipe}",
             flush=True,
         )
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-        averages = [self.average[name] for name in names]
         started, first, smooth = time.perf_counter(), self.step, None
         self.model.train()
         while self.step < self.recipe.steps:
-            rng = np.random.default_rng((self.recipe.seed, self.step))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.recipe, self.step)
-            loss = loss_of(rng)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step()
-            self.step += 1
-            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                sys.exit(
-                    f"{self.name}: the loss is {value} at step {self.step}; lower --lr and run the same command again"
-                )
+            value = self._update(loss_of)
             smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
             if self.step % 50 == 0 or self.step == self.recipe.steps:
-                pace = (time.perf_counter() - started) / (self.step - first)
-                left = pace * (self.recipe.steps - self.step) / 60
-                print(
-                    f"{self.name} {self.step}/{self.recipe.steps} loss {smooth:.4f}",
-                    f"{pace:.2f} s/step, {left:.0f} min left",
-                    flush=True,
-                )
+                self._tell(smooth, (time.perf_counter() - started) / (self.step - first))
             if self._stopped or self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
                 self._save()
                 if report is not None and not self._stopped:
@@ -114,6 +118,31 @@ class Stage:
         """Return a context in which the model holds its averaged weights."""
         return _Averaged(self)
 
+    def _update(self, loss_of: Callable[[np.random.Generator], torch.Tensor]) -> float:
+        """Take one step of the optimiser and of the average; return the loss."""
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step)
+        loss = loss_of(np.random.default_rng((self.recipe.seed, self.step)))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_([self.average[name] for name in names], [p.detach() for p in parameters], 1 - decay)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            sys.exit(f"{self.name}: the loss is {value} at step {self.step}; lower --lr and run the same command again")
+        return value
+
+    def _tell(self, loss: float, pace: float) -> None:
+        print(
+            f"{self.name} {self.step}/{self.recipe.steps} loss {loss:.4f}",
+            f"{pace:.2f} s/step, {pace * (self.recipe.steps - self.step) / 60:.0f} min left",
+            flush=True,
+        )
+
     def _save(self) -> None:
         tensors = {f"weights.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
@@ -124,10 +153,7 @@ class Stage:
         save_file(
             {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()},
             partial,
-            {
-                "step": str(self.step),
-                "recipe": json.dumps(asdict(self.recipe)),
-            },
+            {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))},
         )
         os.replace(partial, self.folder / "state.safetensors")
 
@@ -135,12 +161,13 @@ class Stage:
         path = self.folder / "state.safetensors"
         if not path.exists():
             return
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as stored:
             metadata = stored.metadata()
         tensors = load_file(path, device=str(self.device))
-        part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}  # noqa: E731
+
+        def part(name: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
         self.model.load_state_dict(part("weights"))
         for name, value in part("average").items():
             self.average[name].copy_(value)
