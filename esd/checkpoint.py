@@ -19,7 +19,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .storage import atomic
 
 FORMAT = "esd-difference-v1"
 FILE_NAME = "erased.safetensors"
@@ -88,7 +88,7 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
     """Writes a checkpoint so that a reader sees the whole file or none.
 
     Args:
-        path: the file, in an existing directory.
+        path: the file; its directory is made if need be.
         differences: student - base by denoiser parameter name; stored as float32.
         provenance: anything JSON can hold; must have "fingerprint", made by `fingerprint` from the base
             tensors.
@@ -106,7 +106,8 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
         "sha256": _digest(tensors),
         "provenance": json.dumps(dict(provenance), sort_keys=True),
     }
-    _publish(Path(path), tensors, header)
+    with atomic(Path(path)) as staged:
+        save_file(tensors, staged, metadata=header)
 
 
 def load(path: str | Path) -> Erased:
@@ -220,7 +221,8 @@ def export_official(path: str | Path, pipe: Any, out: str | Path) -> None:
         raise CheckpointError("the pipeline wears erased weights; call esd.remove(pipe) before exporting")
     weights = _erased_weights(checkpoint, _fitting(checkpoint, denoiser))
     header = {"format": "pt", "provenance": json.dumps(checkpoint.provenance, sort_keys=True)}
-    _publish(Path(out), {name: weight.cpu().contiguous() for name, weight in weights.items()}, header)
+    with atomic(Path(out)) as staged:
+        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, staged, metadata=header)
 
 
 def _erased_weights(checkpoint: Erased, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -282,18 +284,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _publish(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Writes beside `path`, syncs, and moves into place."""
-    staged = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        save_file(tensors, staged, metadata=header)
-        with staged.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
 def _denoiser(pipe: Any) -> nn.Module:
     """The UNet or transformer of a pipeline, or the module itself."""
     if isinstance(pipe, nn.Module):
@@ -305,6 +295,6 @@ def _denoiser(pipe: Any) -> nn.Module:
 
 
 def _base(checkpoint: Erased) -> str:
-    """How the provenance names the base."""
-    base = checkpoint.provenance.get("base", "unknown")
-    return str(base.get("name", base) if isinstance(base, Mapping) else base)
+    """How the provenance names the base, and its commit where it has one."""
+    told = checkpoint.provenance
+    return f"{told.get('base', 'unknown')}" + (f" at {told['revision']}" if told.get("revision") else "")

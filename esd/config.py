@@ -113,6 +113,9 @@ class TrajectoryConfig:
         one_of=("visited", "index", "compvis", "alt"),
     )
     scheduler: str | None = option(None, "ddim, euler, ...; null takes the model's own")
+    size: int | None = option(
+        None, "edge in pixels of the square pictures rolled out; null is the model's own", at_least=1
+    )
     sample_with: str = option(
         "erase_from", "prompt of the rollouts, where erase_from is set", one_of=("erase_from", "concept")
     )

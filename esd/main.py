@@ -1,7 +1,8 @@
 """The edge every program shares: instant help, composition by Hydra, one line for a mistake, exit codes.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback), 2 the user's mistake (one line: the value, what
-is allowed, how to mend it), 3 a gate failed, 143 stopped by SIGTERM and resumable with the same command.
+is allowed, how to mend it), 3 a gate failed, 130 stopped by Ctrl-C and 143 by SIGTERM, both resumable with the
+same command.
 
 Hydra composes the configuration and runs sweeps; it owns no files. Its `multirun.yaml` goes to a scratch
 folder, and each job of a sweep gets a directory of its own below `run_dir`.
@@ -13,10 +14,11 @@ import dataclasses
 import difflib
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,12 @@ FLAGS = (
 PLAIN = ("concepts", "erase_from", "prompts", "preserve.prompts")  # texts in which ${...} would be filled in
 HELP_END = """\
 Flags: --multirun runs every combination of a=1,2 b=x,y, each in its own directory.
---cfg job prints the settings as composed. The same command resumes a stopped run.
-Exit codes: 0 done, 2 a mistake in the input, 3 a gate failed, 143 stopped and resumable, 1 a fault of esd."""
+--config-dir FOLDER adds your own: FOLDER/experiment/mine.yaml, which begins as those of conf/experiment do, is
+experiment=mine. --cfg job prints the settings as composed. The same command resumes a stopped run.
+Exit codes: 0 done, 2 a mistake in the input, 3 a gate failed, 130 (Ctrl-C) and 143 (SIGTERM) stopped and resumable,
+1 a fault of esd."""
 EXIT_USER = 2
-EXIT_STOPPED = 143
+EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
 
 
 def run_program(name: str, schema: type, task: Callable[[Any], int]) -> None:
@@ -69,21 +73,23 @@ def run_program(name: str, schema: type, task: Callable[[Any], int]) -> None:
             _run_hydra(name, schema, task, scratch)
     except UserError as error:
         sys.exit(tell(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(EXIT_SIGNAL + signal.SIGINT)
 
 
 def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str) -> None:
     """Composes the configuration as Hydra's own command line does and runs one job or a sweep of them."""
     import hydra
     from hydra.core.config_store import ConfigStore
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     def job(composed: DictConfig) -> None:
         try:
-            refuse_beaten_groups(HydraConfig.get().overrides.task)
-            refuse_unknown(OmegaConf.to_container(composed, resolve=False), schema())
+            refuse_unknown(unresolved(composed), schema())
+            refuse_beaten_groups(composed, schema())
             config: Any = OmegaConf.to_object(composed)
             config.check()
             config.run_dir = str(_job_path(config.run_path()))
@@ -108,34 +114,49 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
         raise UserError(_explain(error, schema)) from error
 
 
-def refuse_beaten_groups(typed: Sequence[str]) -> None:
+def refuse_beaten_groups(composed: Any, schema: Any) -> None:
     """Raises UserError where an experiment sets a field otherwise than a group typed beside it.
 
     An experiment is composed last, so the group would be ignored there without a word. A field that was typed
-    itself wins over both and is let through.
+    itself wins over both and is let through. What counts is what was composed, so it does not matter whether the
+    experiment lies in conf/ or in a folder of the user's own, nor what it inherits.
 
     Args:
-        typed: the settings of one job, for example ["experiment=erase_thing", "objective=concept_anchor"].
+        composed: the settings of one job, for example of `experiment=erase_thing objective=concept_anchor`.
+        schema: an instance of the program's configuration.
     """
-    import yaml
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    given = {name.lstrip("+"): value for name, _, value in (setting.partition("=") for setting in typed)}
-    for experiment in re.findall(r"[^\[\],\s'\"]+", given.get("experiment", "")):
-        bodies = [conf_dir() / "experiment" / f"{experiment}.yaml"]
-        bodies += [conf_dir() / group / f"{choice}.yaml" for group, choice in given.items()]
-        read = {path.parent.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in bodies if path.is_file()}
-        body = read.pop("experiment", {})
-        for group, fields in read.items():
-            there = body.get(group) or {}
-            differing = [name for name, value in fields.items() if there.get(name, value) != value]
-            beaten = [name for name in differing if f"{group}.{name}" not in given]
-            if beaten:
-                lost = ", ".join(f"{group}.{name}={there[name]}" for name in beaten)
-                mend = " ".join(f"{group}.{name}={fields[name]}" for name in beaten)
-                raise UserError(
-                    f"{group}={given[group]} would be ignored: experiment={experiment} sets {lost}; give the fields "
-                    f"themselves: {mend}"
-                )
+    hydra = HydraConfig.get()
+    given = {name.lstrip("+"): value for name, _, value in (typed.partition("=") for typed in hydra.overrides.task)}
+    if "experiment" not in given:
+        return
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    for group, choice in given.items():
+        section = getattr(schema, group, None)
+        file = next((path for folder in folders if (path := folder / group / f"{choice}.yaml").is_file()), None)
+        if file is None or not dataclasses.is_dataclass(section):
+            continue
+        there = unresolved(composed[group])
+        fields = {name: value for name, value in unresolved(OmegaConf.load(file)).items() if name in there}
+        wanted = unresolved(OmegaConf.merge(OmegaConf.structured(section), fields))  # typed as the composed ones are
+        beaten = [name for name in fields if wanted[name] != there[name] and f"{group}.{name}" not in given]
+        if beaten:
+            lost = ", ".join(f"{group}.{name}={there[name]}" for name in beaten)
+            mend = " ".join(f"{group}.{name}={wanted[name]}" for name in beaten)
+            raise UserError(
+                f"{group}={choice} would be ignored: experiment={given['experiment']} sets {lost}; give the fields "
+                f"themselves: {mend}"
+            )
+
+
+def unresolved(settings: Any) -> dict[str, Any]:
+    """A DictConfig as a dictionary, ${...} left as it stands."""
+    from omegaconf import OmegaConf
+
+    made: Any = OmegaConf.to_container(settings, resolve=False)
+    return made
 
 
 def refuse_unknown(composed: Any, schema: Any, prefix: str = "") -> None:
@@ -197,6 +218,8 @@ def _explain(error: Exception, schema: type) -> str:
     told = f"{error}\n{error.__cause__ or ''}"
     if unknown := re.search(r"Could not override '(.+?)'", told):
         return f"unknown setting '{unknown[1]}'; {_nearest(unknown[1], schema())}; --help lists all"
+    if headless := re.search(r"In '(\w+)/(.+?)': .*Key '\1' not in", told, flags=re.DOTALL):
+        return f"{headless[1]}={headless[2]}: its file sets nothing; begin it with the line '# @package _global_'"
     internal = ("full_key:", "reference_type=", "object_type=")
     lines = [line.strip() for line in told.splitlines() if line.strip() and not line.strip().startswith(internal)]
     mend = "--help tells what each setting may be"

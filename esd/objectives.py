@@ -33,7 +33,7 @@ from torch import Tensor
 from .errors import UserError
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
-Anchor = Literal["null", "concept"]
+Anchor = Literal["null", "concept", "erase_from"]
 Weighting = Literal["native", "eps", "v", "x0", "min_snr"]
 
 MIN_SNR_GAMMA = 5.0
@@ -45,8 +45,9 @@ class Objective:
     """What the student is taught; every choice is explicit because upstream's scripts disagree on it.
 
     Attributes:
-        anchor: where η = 0 leads: "null" (the paper; the unconditional prediction) or "concept" (upstream's
-            scripts since 2024). With the concept as anchor, η there is 1 + η here: same target.
+        anchor: where η = 0 leads: "null" (the paper; the unconditional prediction), "concept" (upstream's
+            scripts since 2024; with it, η there is 1 + η here: same target), or "erase_from" (the prediction
+            for the prompt that the concept is erased from).
         eta: erasing guidance η, finite and >= 0. The paper's is 1.
         weighting: the space whose mean squared error is minimised: "native" (the model's own
             parametrisation), "eps", "v", "x0", or "min_snr" (x0 error weighted by min(SNR, 5)).

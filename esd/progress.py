@@ -1,8 +1,8 @@
 """What a long run tells while it goes, and how it hears that it should stop.
 
 `metrics.jsonl` gets a line for every update, whole even when the run is killed; a progress bar shows the
-loss and the time left. SIGTERM, which clusters send before they take a machine away, is noted and acted on
-between two updates.
+loss and the time left. SIGTERM, which clusters send before they take a machine away, and Ctrl-C are noted and
+acted on between two updates.
 """
 
 from __future__ import annotations
@@ -64,18 +64,26 @@ class Log:
 
 
 @contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGTERM has come; the old handler is back afterwards.
+def termination() -> Iterator[Callable[[], int]]:
+    """Yields a function that gives the number of the SIGTERM or SIGINT (Ctrl-C) that has come, or 0.
 
-    Outside the main thread, where Python delivers no signals, it never says so.
+    A second Ctrl-C interrupts at once. The old handlers are back afterwards. Outside the main thread, where
+    Python delivers no signals, the number stays 0.
     """
     came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+
     try:
-        old = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+        old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:
-        yield lambda: False
+        yield lambda: 0
         return
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else 0
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -117,11 +117,10 @@ class RunDirectory:
                 raise UserError(f"run_dir={self.path} holds files that are no run of esd; choose another run_dir")
             return
         for name in self.settings.keys() | self.stored.keys():
-            here, now = self.stored.get(name), self.settings.get(name)
-            if name not in NEUTRAL and here != now:
+            told = _difference(name, self.stored.get(name), self.settings.get(name))
+            if name not in NEUTRAL and told:
                 raise UserError(
-                    f"run_dir={self.path} holds another run ({_difference(name, here, now)}); choose another "
-                    "run_dir, or remove that directory"
+                    f"run_dir={self.path} holds another run ({told}); choose another run_dir, or remove that directory"
                 )
 
 
@@ -131,11 +130,14 @@ def _typed() -> list[str]:
 
 
 def _difference(name: str, here: Any, now: Any) -> str:
-    """`objective.eta=2.0 there, 1.0 here` for the first setting that differs."""
+    """`objective.eta=2.0 there, 1.0 here` for the first setting that differs; empty where none does.
+
+    A setting that is null is as good as one that an older run did not know.
+    """
     if isinstance(here, dict) and isinstance(now, dict):
-        key = next(key for key in now.keys() | here.keys() if here.get(key) != now.get(key))
-        return _difference(f"{name}.{key}", here.get(key), now.get(key))
-    return f"{name}={here} there, {now} here"
+        parts = (_difference(f"{name}.{key}", here.get(key), now.get(key)) for key in now.keys() | here.keys())
+        return next(filter(None, parts), "")
+    return "" if here == now else f"{name}={here} there, {now} here"
 
 
 def tracker_arguments(tracker: TrackerConfig, run: Path) -> dict[str, Any]:

@@ -109,10 +109,15 @@ class Points:
         return Points(**joined)
 
     def anchor(self, anchor: Anchor) -> Tensor:
-        """The objective's anchor: `erase_from`'s prediction where there is one, else what `anchor` names."""
-        if self.erase_from is not None:
-            return self.erase_from
-        return self.null if anchor == "null" else self.concept
+        """The prediction that the objective's anchor names (b, c, h, w).
+
+        Raises:
+            ValueError: "erase_from", and nothing is erased from anything.
+        """
+        prediction = {"null": self.null, "concept": self.concept, "erase_from": self.erase_from}[anchor]
+        if prediction is None:
+            raise ValueError("the anchor is erase_from, but these points have no such prediction")
+        return prediction
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Sampling:
         time_rule: see `times`.
         scheduler: see `Family.scheduler`; None for the model's own.
         max_batch: most rows in one call of the denoiser, >= 2.
+        size: edge in pixels of the square pictures rolled out; None for the model's own.
 
     Raises:
         UserError: a value is out of range.
@@ -135,6 +141,7 @@ class Sampling:
     time_rule: TimeRule = "visited"
     scheduler: str | None = None
     max_batch: int = 64
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -339,7 +346,7 @@ def _roll(source: OnPolicy | Bank, prompt: Tensor, noise: list[torch.Generator],
     return rollout(
         source.family,
         source.sampler,
-        source.family.initial_noise(noise),
+        source.family.initial_noise(noise, sampling.size),
         conditions.rolled[prompt],
         conditions.null,
         num_steps=sampling.num_steps,

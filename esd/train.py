@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from esd.config import TrainConfig
 from esd.errors import UserError
-from esd.main import EXIT_STOPPED, run_program
+from esd.main import EXIT_SIGNAL, run_program
 from esd.run import RunDirectory, start_tracker, tracker_arguments, versions
 
 if TYPE_CHECKING:
     from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
     from esd.trainer import TrainPlan
-
-CHECKPOINT = "erased.safetensors"
 
 
 def main() -> None:
@@ -33,6 +31,7 @@ def train(config: TrainConfig) -> int:
     """Trains and measures what `config` says; returns the exit code."""
     run = RunDirectory(config.run_path(), config)
     tracker = tracker_arguments(config.tracker, run.path)
+    from esd.checkpoint import FILE_NAME
     from esd.families import check_model
 
     check_model(config.model.path)  # needs no weights and no network: before anything is loaded
@@ -41,9 +40,7 @@ def train(config: TrainConfig) -> int:
     accelerator = make_accelerator(config, tracker)
     family, vocabulary = load(config, accelerator.device)
     plan = make_plan(config, vocabulary)
-    told = describe(family, plan, accelerator.num_processes)
-    told = told.replace(f"anchor {plan.objective.anchor},", f"anchor {config.objective.anchor},")  # erase_from's
-    accelerator.print(told, flush=True)
+    accelerator.print(describe(family, plan, accelerator.num_processes), flush=True)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
         accelerator.print(
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
@@ -52,7 +49,7 @@ def train(config: TrainConfig) -> int:
     if config.plan_only:
         accelerator.print(f"results    would go to {run.path}; plan_only=true, so nothing was trained")
         return 0
-    trained, measured = (run / CHECKPOINT).is_file(), run.evaluated
+    trained, measured = (run / FILE_NAME).is_file(), run.evaluated
     judge = None if trained and measured else judge_of(config.model.path)  # a damaged one costs no training
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if accelerator.is_main_process:
@@ -64,7 +61,7 @@ def train(config: TrainConfig) -> int:
             return code
     if accelerator.is_main_process and not (trained and measured):
         measure(config, family, vocabulary, judge, run)
-    accelerator.print(f"results are in {run.path}: {CHECKPOINT}, summary.json, preview.png, metrics.jsonl")
+    accelerator.print(f"results are in {run.path}: {FILE_NAME}, summary.json, preview.png, metrics.jsonl")
     return 0
 
 
@@ -79,7 +76,7 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
         trainer.train(family, plan, run.path, accelerator, versions=versions())
     except trainer.Stopped as stopped:
         accelerator.print(str(stopped), file=sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_SIGNAL + stopped.signal
     finally:
         if config.tracker.name != "none":
             accelerator.end_training()
@@ -110,11 +107,11 @@ def measure(config: TrainConfig, family: Family, vocabulary: Vocabulary | None, 
     from esd.evaluation.erasure import Sampling, evaluate
     from esd.storage import write_json
 
-    told = checkpoint.load(run / CHECKPOINT).provenance
+    told = checkpoint.load(run.path).provenance
     wanted = config.evaluation
     rates = evaluate(
         family.pipe,
-        run / CHECKPOINT,
+        run.path,
         config.concepts,
         vocabulary=vocabulary,
         judge=judge,
@@ -234,9 +231,6 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         return tuple(in_turns(expand_prompts(templates, vocabulary, but=config.concepts)))
 
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
-    objective: dict[str, Any] = dataclasses.asdict(config.objective)
-    if config.erase_from:
-        objective["anchor"] = "null"  # not looked at: `Points.anchor` takes erase_from's prediction where there is one
     training = dataclasses.asdict(config.training)
     del training["mixed_precision"]  # the accelerator's
     return TrainPlan(
@@ -246,8 +240,10 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         erase_from=filled(config.erase_from),
         preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=config.concepts))),
         preserve_weight=config.preserve.weight,
-        objective=Objective(**objective),
-        sampling=Sampling(path.num_steps, path.guidance_scale, path.time_rule, path.scheduler, path.max_batch),
+        objective=Objective(**dataclasses.asdict(config.objective)),
+        sampling=Sampling(
+            path.num_steps, path.guidance_scale, path.time_rule, path.scheduler, path.max_batch, path.size
+        ),
         sampler=path.sampler,
         sample_with=path.sample_with,
         rollouts=path.rollouts,

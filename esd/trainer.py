@@ -42,7 +42,15 @@ MOST_STALE = 8  # updates that points by the student may serve; at first student
 
 
 class Stopped(Exception):
-    """SIGTERM came between two updates: the state is saved, the same command resumes."""
+    """SIGTERM or Ctrl-C came between two updates: the state is saved, the same command resumes.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,9 @@ class TrainPlan:
         gradient_checkpointing: less memory, more time, same gradients.
         save_every: updates between resumable states, 0 for none but when stopped.
         seed: of every draw.
+
+    Raises:
+        UserError: prompts to erase from without the anchor "erase_from", or the other way round.
     """
 
     concepts: tuple[str, ...]
@@ -98,6 +109,13 @@ class TrainPlan:
     gradient_checkpointing: bool = False
     save_every: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.erase_from) != (self.objective.anchor == "erase_from"):
+            raise UserError(
+                f"objective.anchor={self.objective.anchor} with erase_from={list(self.erase_from)}; prompts to erase "
+                "from and the anchor erase_from go together"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ def train(
 
     Raises:
         UserError: see `describe`; the state in run_dir is of another plan or base; or training diverged.
-        Stopped: SIGTERM came; the state is saved.
+        Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     with student_views(family, plan, accelerator) as views:
         return _train(family, plan, views, run_dir, accelerator, versions or {})
@@ -210,13 +228,13 @@ def _train(
                 )
             log.write(metrics)
             accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step + 1)
-            stop = any_process(accelerator, stopping())
+            stop = largest(accelerator, stopping())  # the signal that any process got, or 0
             if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
                 if accelerator.is_main_process:
                     save_state(run_dir / "state", state(step + 1, views, adam, identity, spent()))
                 accelerator.wait_for_everyone()
             if stop:
-                raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes")
+                raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes", stop)
 
     seconds, path = spent(), run_dir / checkpoint.FILE_NAME
     if accelerator.is_main_process:
@@ -371,6 +389,7 @@ def provenance(
     """What a checkpoint says about itself: enough to recognise its base and to train it again."""
     return {
         "base": family.base_name,
+        "revision": family.base_revision,
         "family": family.name,
         "fingerprint": checkpoint.fingerprint(views.base),
         **asdict(plan),
@@ -380,18 +399,18 @@ def provenance(
     }
 
 
-def any_process(accelerator: Any, flag: bool) -> bool:
-    """Whether the flag is up on any process; all processes get the same answer."""
+def largest(accelerator: Any, number: int) -> int:
+    """The largest of all processes' numbers; all processes get the same answer."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
 
     Raises:
-        UserError: the selection matches nothing, or see `point_sources`.
+        UserError: the selection matches nothing, no latents have the size asked for, or see `point_sources`.
     """
     erasing, preserving = point_sources(family, plan, None, None, num_processes)
     objective, sampling = plan.objective, plan.sampling
@@ -402,9 +421,11 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     if plan.sampler == "student" and isinstance(erasing, Bank):
         bank += f", up to {erasing.updates_per_build - 1} updates stale"
     cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
+    _, height, width = family.latent_shape(sampling.size)
+    revision = f" at {family.base_revision}" if family.base_revision else ""
     lines = {
         "erase": ", ".join(plan.concepts),
-        "base": f"{family.base_name} ({family.name}, predicts {family.prediction_type})",
+        "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
         "train": selection,
         "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
         "from": listed(plan.erase_from),
@@ -412,7 +433,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
         "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
         "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps at guidance "
-        f"{sampling.guidance_scale:g}, {bank if plan.rollouts else anew}",
+        f"{sampling.guidance_scale:g}, latents {height} x {width}, {bank if plan.rollouts else anew}",
         "updates": f"{plan.updates} of {points} points, lr {plan.lr:g} {plan.lr_schedule}",
     }
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]

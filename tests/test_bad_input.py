@@ -67,6 +67,31 @@ def test_a_mistake_is_told_before_anything_is_loaded(
     refused(command, told, "train", *FAST, *arguments)
 
 
+GLOBAL = "# @package _global_"
+
+
+@pytest.mark.parametrize("found_by", ["--config-dir=settings", "hydra.searchpath=[file://settings]"])
+def test_an_experiment_of_the_users_own_counts_like_those_of_conf(command: Command, found_by: str) -> None:
+    for name, lines in {
+        "experiment/lab/mine": (GLOBAL, "defaults: [/experiment/erase_thing, _self_]", "prompts: ['{}']"),
+        "experiment/headless": ("prompts: ['{}']",),
+        "objective/soft": ("eta: 1e-1",),
+    }.items():
+        file = command.folder / f"settings/{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines))
+    asked = (found_by, "experiment=lab/mine", CAT, *FAST, "plan_only=true")
+    ended = command("train", *asked)
+    assert ended.code == 0 and "esd_u: " in ended.out, ended.err
+    told = "objective=soft would be ignored: experiment=lab/mine sets objective.eta=1.0"
+    refused(command, told, "train", *asked, "objective=soft")
+    ended = command("train", *asked, "objective=soft", "objective.eta=0.2")
+    assert ended.code == 0 and "anchor null, eta 0.2" in ended.out, ended.err
+    ended = command("train", found_by, "objective=soft", CAT, *FAST, "plan_only=true")
+    assert ended.code == 0 and "anchor null, eta 0.1" in ended.out, ended.err
+    refused(command, GLOBAL, "train", found_by, "experiment=headless", CAT, *FAST)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

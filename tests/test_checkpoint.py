@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import esd
-from esd import checkpoint
 from esd.checkpoint import CheckpointError, export_official, fingerprint, load, save
 from esd.families import family_of
 from esd.weights import Views
@@ -30,7 +29,7 @@ def train_and_save(path: Path, pipe: Any = None, expression: str = "esd_x") -> A
         for parameter in views.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     provenance = {
-        "base": {"name": "tiny/sd"},
+        "base": "tiny/sd",
         "fingerprint": fingerprint(views.base),
         "concepts": ["cät 'x'/\n"],
     }
@@ -251,7 +250,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rest(file: Path, monkeypatch: 
         raise OSError("disk full")
 
     loaded = load(file)
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save(file, loaded.differences, loaded.provenance)
     assert file.read_bytes() == before

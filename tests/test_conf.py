@@ -1,5 +1,7 @@
 """Every file in conf/ composes, opens with the command that runs it, and shows in --help."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from esd.main import help_text
 
 SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig}
 FILES = sorted(conf_dir().rglob("*.yaml"))
+ROOT = Path(__file__).parents[1]
 GROUPED = [path for path in FILES if path.parent != conf_dir()]
 
 
@@ -54,30 +57,72 @@ def test_the_command_line_wins_over_an_experiment_and_an_experiment_over_its_gro
     assert config.concepts == ["1984"]
 
 
-@pytest.mark.parametrize(
-    ("experiment", "eta", "anchor", "lr", "updates", "sampler", "time_rule"),
-    [
-        ("upstream_compvis", 1, "null", 1e-5, 1000, "student", "compvis"),
-        ("upstream_alt", 2, "null", 2e-5, 200, "student", "alt"),
-        ("upstream_2025", 2, "concept", 5e-5, 200, "teacher", "index"),
-    ],
-)
-def test_upstream_columns_are_reproduced(
-    experiment: str, eta: float, anchor: str, lr: float, updates: int, sampler: str, time_rule: str
-) -> None:
+UPSTREAM = {
+    "model.path": "CompVis/stable-diffusion-v1-4",
+    "model.precision": "float32",
+    "selection": "esd_x_2023",
+    "objective.anchor": "null",
+    "objective.weighting": "native",
+    "trajectory.sampler": "student",
+    "trajectory.guidance_scale": 3,
+    "trajectory.num_steps": 50,
+    "trajectory.scheduler": "ddim",
+    "trajectory.rollouts": 0,
+    "trajectory.size": None,
+    "training.batch_size": 1,
+    "training.gradient_accumulation": 1,
+    "training.betas": [0.9, 0.999],
+    "training.weight_decay": 0,
+    "training.clip_norm": 0,
+    "training.lr_schedule": "constant",
+    "training.warmup": 0,
+    "preserve.prompts": [],
+    "prompts": ["{}"],
+}
+OF_ITS_OWN: dict[str, dict[str, object]] = {
+    "upstream_compvis": {
+        "objective.eta": 1,
+        "trajectory.time_rule": "compvis",
+        "training.lr": 1e-5,
+        "training.updates": 1000,
+    },
+    "upstream_alt": {
+        "objective.eta": 2,
+        "trajectory.time_rule": "alt",
+        "trajectory.sample_with": "concept",
+        "training.lr": 2e-5,
+        "training.updates": 200,
+    },
+    "upstream_2025": {
+        "model.precision": "bfloat16",
+        "selection": "esd_x",
+        "objective.anchor": "concept",
+        "objective.eta": 2,
+        "trajectory.sampler": "teacher",
+        "trajectory.time_rule": "index",
+        "trajectory.scheduler": None,
+        "trajectory.sample_with": "erase_from",
+        "trajectory.size": 1024,
+        "training.lr": 5e-5,
+        "training.updates": 200,
+    },
+}
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in GROUPED if path.stem.startswith("upstream_")))
+def test_upstream_columns_are_reproduced(experiment: str) -> None:
     config = composed("train", [f"experiment={experiment}", "concepts=[cat]"])
-    assert isinstance(config, TrainConfig)
-    found = (
-        config.objective.eta,
-        config.objective.anchor,
-        config.training.lr,
-        config.training.updates,
-        config.trajectory.sampler,
-        config.trajectory.time_rule,
-    )
-    assert found == (eta, anchor, lr, updates, sampler, time_rule)
-    assert (config.trajectory.guidance_scale, config.trajectory.num_steps, config.training.batch_size) == (
-        3,
-        50,
-        1,
-    )
+    column = UPSTREAM | OF_ITS_OWN[experiment]
+    assert {name: value for name, value, _ in fields_of(config) if name in column} == column
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *FILES]
+COMMAND = re.compile(r"python3? -m esd\.(train|generate) ([^#\n`]*[^#\n`. )])")
+TYPED = [(page, *found) for page in PAGES for found in COMMAND.findall(page.read_text("utf-8")) if "=" in found[1]]
+
+
+@pytest.mark.parametrize(("page", "name", "typed"), TYPED, ids=lambda value: getattr(value, "name", value))
+def test_every_command_that_a_page_shows_is_one_that_runs(page: Path, name: str, typed: str) -> None:
+    words = [word for word in shlex.split(typed) if not word.startswith("-") and "=" in word]
+    config = composed(name, words)
+    config.check()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,18 @@ def test_prediction_type_and_shape_come_from_the_model(any_family: Family) -> No
     torch.testing.assert_close(prediction[1:2], one, atol=1e-5, rtol=1e-4)
 
 
-def test_another_sample_size_can_be_asked_for() -> None:
-    family = family_of(tiny.pipeline(), (8, 16))
-    noise = family.initial_noise([torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)])
-    assert noise.shape == (2, 4, 8, 16)
+def test_latents_are_as_large_as_the_pictures_asked_for(tiny_family: Family) -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    noise = tiny_family.initial_noise(generators, 20)
+    assert noise.shape == (2, *tiny_family.latent_shape(20)) == (2, 4, 10, 10)
+    assert tiny_family.decode(noise).shape == (2, 3, 20, 20)
+    assert tiny_family.latent_shape() == tiny_family.latent_shape(16) == tiny_family.sample_shape
+
+
+@pytest.mark.parametrize(("size", "near"), [(1, 2), (21, 20)])
+def test_a_size_that_no_latents_have_is_refused(tiny_family: Family, size: int, near: int) -> None:
+    with pytest.raises(UserError, match=f"trajectory.size={size}: allowed: multiples of 2 pixels, such as {near}"):
+        tiny_family.latent_shape(size)
 
 
 def test_initial_noise_is_that_of_the_stock_pipeline(tiny_family: Family) -> None:
@@ -156,10 +165,26 @@ def test_a_saved_pipeline_comes_back_without_a_safety_checker(tiny_model_dir: Pa
     for name, tensor in tiny_pipe.unet.state_dict().items():
         assert torch.equal(tensor, pipe.unet.state_dict()[name])
     family = family_of(pipe)
-    assert family.base_name.endswith("/tiny-sd")
-    assert family.base_name.count("/") == 1
+    assert (family.base_name, family.base_revision) == (str(tiny_model_dir.resolve()), None)
     assert family.unknown_words(["cat zebra"]) == ["zebra"]
     assert load_pipeline(tiny_model_dir, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_a_base_from_the_hub_is_known_by_its_name_and_commit(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, cached = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--tiny--sd"
+    shutil.copytree(tiny_model_dir, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    family = family_of(load_pipeline("tiny/sd"))
+    assert (family.base_name, family.base_revision) == ("tiny/sd", commit)
+
+
+def test_a_base_made_in_memory_is_known_by_its_class(tiny_family: Family) -> None:
+    assert (tiny_family.base_name, tiny_family.base_revision) == ("StableDiffusionPipeline", None)
 
 
 def test_a_base_that_is_not_there_is_refused_without_network(tmp_path: Path, monkeypatch: Any) -> None:

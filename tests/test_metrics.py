@@ -1,12 +1,12 @@
 """Rates: the interval is Wilson's, targets are told from the retained, and every row of the exam is fair."""
 
-from dataclasses import dataclass
-
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esd.evaluation.erasure import exam, known_concepts, preview_lines
+from esd.evaluation.judges import Readings
 from esd.evaluation.metrics import NO_RATE, erasure_rates, wilson
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.vocabulary import Entry, Vocabulary
@@ -34,11 +34,9 @@ VOCABULARY = Vocabulary(
 )
 
 
-@dataclass
-class Seen:
-    thing: list[str]
-    style: list[str]
-    neither: list[bool]
+def read(things: list[str], styles: list[str], neither: list[bool]) -> Readings:
+    sure = np.ones(len(things))
+    return Readings(things, sure, styles, sure, np.array(neither))
 
 
 def test_wilson_agrees_with_published_values() -> None:
@@ -71,8 +69,8 @@ def test_target_same_domain_and_cross_domain_are_counted_apart() -> None:
         {"thing": "dog", "style": "ink"},
         {"thing": "car", "style": "ink"},
     )
-    before = Seen(["cat", "cat", "dog", "car"], ["neon", "ink", "ink", "ink"], [False] * 4)
-    after = Seen(["dog", "cat", "dog", "cat"], ["neon", "ink", "ink", "neon"], [False, True, False, False])
+    before = read(["cat", "cat", "dog", "car"], ["neon", "ink", "ink", "ink"], [False] * 4)
+    after = read(["dog", "cat", "dog", "cat"], ["neon", "ink", "ink", "neon"], [False, True, False, False])
     rates = erasure_rates(asked, before, after, {"cat": "thing"})
     assert (rates["target"]["before"], rates["target"]["after"], rates["target"]["n"]) == (1.0, 0.0, 2)
     assert (rates["same_domain"]["before"], rates["same_domain"]["after"], rates["same_domain"]["n"]) == (
@@ -91,14 +89,14 @@ def test_target_same_domain_and_cross_domain_are_counted_apart() -> None:
 
 def test_an_erased_style_swaps_the_domains() -> None:
     asked = rows({"thing": "cat", "style": "neon"}, {"thing": "cat", "style": "ink"})
-    seen = Seen(["cat", "cat"], ["neon", "ink"], [False, False])
-    rates = erasure_rates(asked, seen, seen, {"neon": "style"})
+    same = read(["cat", "cat"], ["neon", "ink"], [False, False])
+    rates = erasure_rates(asked, same, same, {"neon": "style"})
     assert rates["target"]["n"] == rates["target_thing"]["n"] == rates["cross_domain"]["n"] == 1
 
 
 def test_a_domain_without_rows_has_no_rate() -> None:
-    seen = Seen(["cat"], ["neon"], [False])
-    assert erasure_rates(rows({"thing": "cat"}), seen, seen, {"cat": "thing"})["same_domain"] == NO_RATE
+    same = read(["cat"], ["neon"], [False])
+    assert erasure_rates(rows({"thing": "cat"}), same, same, {"cat": "thing"})["same_domain"] == NO_RATE
 
 
 @pytest.mark.parametrize("concepts", [{"cat": "thing"}, {"ink": "style"}, {"cat": "thing", "ink": "style"}])
@@ -126,6 +124,25 @@ def test_rates_are_refused_with_their_reason() -> None:
     assert "no 'unicorn'" in str(known_concepts(["unicorn"], VOCABULARY, judge)[1])
     assert "no judge" in str(known_concepts(["cat"], VOCABULARY, None)[1])
     assert "no vocabulary" in str(known_concepts(["cat"], None, judge)[1])
+
+
+@pytest.mark.parametrize("concept", ["dog", "Dogs", "a brown dog", "fruit", "Van Gogh's portrait", "lakes"])
+@pytest.mark.parametrize("vocabulary", [None, VOCABULARY])
+def test_no_other_row_of_the_preview_shows_the_target(concept: str, vocabulary: Vocabulary | None) -> None:
+    lines, _ = preview_lines([concept], vocabulary, 2)
+    word = concept.lower().split()[-1].removesuffix("s")
+    others = [line for line in lines if line.role != "target"]
+    assert others and not any(word in prompt for line in others for prompt in line.prompts)
+
+
+def test_the_preview_of_several_concepts_shows_each_as_a_target_only() -> None:
+    lines, _ = preview_lines(["van gogh", "woman", "dog"], None, 2)
+    assert [line.role for line in lines] == ["target"] * 3 + ["unrelated"] * 2
+
+
+def test_words_that_only_join_others_keep_no_row_out() -> None:
+    lines, _ = preview_lines(["a man of steel on the moon"], None, 2)
+    assert [line.role for line in lines] == ["target"] + ["unrelated"] * 4
 
 
 def test_the_preview_of_a_thing_runs_across_styles_and_of_a_style_across_things() -> None:

@@ -47,6 +47,17 @@ def test_the_same_settings_may_come_back_and_others_may_not(tmp_path: Path) -> N
         RunDirectory(tmp_path / "run", config(eta=1.0))
 
 
+def test_a_run_that_did_not_know_a_setting_comes_back_where_that_is_null(tmp_path: Path) -> None:
+    created(tmp_path / "run", config())
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("  size: null\n", ""))
+    RunDirectory(tmp_path / "run", config())
+    other = config()
+    other.trajectory.size = 1024
+    with pytest.raises(UserError, match=r"trajectory\.size=None there, 1024 here"):
+        RunDirectory(tmp_path / "run", other)
+
+
 def test_a_directory_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="no run of esd"):

@@ -275,7 +275,9 @@ def test_the_anchor_is_the_prompt_erased_from_else_what_the_objective_names() ->
     points = Points(a, torch.zeros(2), torch.zeros(2, dtype=torch.long), concept=a, null=b)
     assert points.anchor("null") is b
     assert points.anchor("concept") is a
-    assert Points(a, points.t, points.prompt, a, b, erase_from=c).anchor("null") is c
+    assert Points(a, points.t, points.prompt, a, b, erase_from=c).anchor("erase_from") is c
+    with pytest.raises(ValueError, match="no such prediction"):
+        points.anchor("erase_from")
 
 
 def test_points_can_be_cut_and_joined() -> None:

@@ -2,23 +2,29 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from esd import trainer
 from esd.checkpoint import load
 from esd.evaluation import judges
+from esd.evaluation.judges import Readings
+from esd.storage import load_state
 from tests.programs import FAST, Command, Ended
 
+ROOT = Path(__file__).parents[1]
+LIMIT = 900  # seconds that a program of a second may take on a busy machine
 LEFT = {"config.yaml", "metrics.jsonl", "erased.safetensors", "preview.png", "summary.json"}
 RATE = {"before", "after", "n", "interval", "interval_before"}
 VOCABULARY = {
@@ -37,9 +43,7 @@ def test_help_is_useful_and_waits_for_no_heavy_import() -> None:
         "import runpy, sys; sys.argv = ['esd.train', '--help']; runpy.run_module('esd.train', run_name='__main__'); "
         "print('loaded', {'torch', 'diffusers', 'transformers', 'hydra', 'omegaconf'} & set(sys.modules))"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
-    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "loaded set()" in told.stdout
     assert "python -m esd.train concepts=[cat]" in told.stdout and "objective.eta=1.0" in told.stdout
 
@@ -65,6 +69,7 @@ def test_one_command_leaves_a_run_directory_and_nothing_else(command: Command) -
     assert "no vocabulary.json" in summary["reason"]
     told = load(command.folder / "runs/cat").provenance
     assert (told["concepts"], told["objective"]["eta"], told["seed"]) == (["cat"], 2.0, 0)
+    assert (told["base"], told["revision"]) == (str((command.folder / "base").resolve()), None)
     assert yaml.safe_load((command.folder / "runs/cat/config.yaml").read_text())["objective"]["eta"] == 2.0
     assert "esd_x: 20 tensors" in ended.out and "results are in runs/cat" in ended.out
 
@@ -88,20 +93,22 @@ def test_other_evaluation_settings_measure_again_without_training_again(command:
     assert Image.open(command.folder / "runs/cat/preview.png").size > picture
 
 
-def test_a_terminated_run_exits_143_and_the_same_command_resumes_it(
-    command: Command, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_so_by_its_exit_code_and_the_same_command_resumes_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     write = trainer.Log.write
 
     def write_then_stop(log: trainer.Log, line: dict[str, float]) -> None:
         write(log, line)
         if line["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Log, "write", write_then_stop)
         ended = train(command)
-    assert ended.code == 143 and "the same command resumes" in ended.err
+    assert ended.code == code
+    assert ended.err.splitlines()[-1] == "stopped after update 2 of 4; the same command resumes"
     assert not (command.folder / "runs/cat/erased.safetensors").exists()
     ended = train(command)
     assert ended.code == 0 and "resuming after update 2 of 4" in ended.out
@@ -129,9 +136,40 @@ def test_a_plan_is_told_and_nothing_is_written(command: Command) -> None:
     assert "cross.k: 4 tensors" in ended.out and "% of UNet2DConditionModel" in ended.out
 
 
+def test_what_is_erased_from_is_the_anchor_that_the_plan_and_the_checkpoint_name(command: Command) -> None:
+    ended = train(command, "erase_from=[dog]", "objective.anchor=concept")
+    assert ended.code == 0 and "anchor erase_from, eta 1" in ended.out
+    assert load(command.folder / "runs/cat").provenance["objective"]["anchor"] == "erase_from"
+
+
+@pytest.mark.parametrize("experiment", ["sd14", "upstream_compvis", "upstream_alt", "upstream_2025"])
+def test_an_experiment_for_a_large_model_takes_any_other_in_its_place(command: Command, experiment: str) -> None:
+    ended = command("train", f"experiment={experiment}", "model.path=base", "concepts=[cat]", "plan_only=true")
+    assert ended.code == 0 and "esd_x" in ended.out and "in 50 steps at guidance 3" in ended.out, ended.err
+
+
+@pytest.mark.parametrize(("size", "shown"), [("null", "8 x 8"), ("20", "10 x 10")])
+def test_the_plan_tells_the_size_of_the_latents(command: Command, size: str, shown: str) -> None:
+    ended = train(command, "plan_only=true", f"trajectory.size={size}")
+    assert ended.code == 0 and f"latents {shown}," in ended.out
+
+
 def test_a_word_the_text_encoder_never_saw_is_named(command: Command) -> None:
     ended = command("train", "concepts=[a zebra cat]", "plan_only=true", *FAST)
     assert ended.code == 0 and "never seen 'zebra'" in ended.err and "'cat'" not in ended.err
+
+
+def test_an_interruption_outside_the_loop_ends_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("esd.train.measure", interrupted)
+        ended = train(command)
+    assert ended.code == 130
+    assert ended.err.splitlines()[-1] == "interrupted; the same command goes on from what is saved"
+    ended = train(command)
+    assert ended.code == 0 and command.files() == {"runs", "runs/cat", *(f"runs/cat/{name}" for name in LEFT)}
 
 
 def test_metrics_also_reach_a_tracker(command: Command) -> None:
@@ -139,17 +177,28 @@ def test_metrics_also_reach_a_tracker(command: Command) -> None:
     assert any(name.startswith("runs/cat/tensorboard/") and "tfevents" in name for name in command.files())
 
 
+def test_metrics_reach_wandb_without_a_network_or_a_key(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("CACHE_DIR", "CONFIG_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(command.folder / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert train(command, "tracker=wandb").code == 0
+    runs = list((command.folder / "runs/cat/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 1 and b"delta_norm" in runs[0].read_bytes()
+
+
 def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-known")
     (command.folder / "base-known/vocabulary.json").write_text(json.dumps(VOCABULARY))
     calls = []
 
-    def judge(images: np.ndarray) -> SimpleNamespace:
+    def judge(images: np.ndarray) -> Readings:
         calls.append(images.shape)
         n = len(images)
-        return SimpleNamespace(
-            thing=["cat" if len(calls) == 1 else "dog"] * n, style=["mosaic"] * n, neither=np.zeros(n, bool)
-        )
+        thing = "cat" if len(calls) == 1 else "dog"
+        return Readings([thing] * n, np.ones(n), ["mosaic"] * n, np.ones(n), np.zeros(n, bool))
 
     identity = {"name": "one", "version": "1", "threshold": 0.5, "hash": "ab"}
     vars(judge).update(identity)
@@ -184,25 +233,64 @@ def test_a_damaged_judge_costs_no_training(command: Command, monkeypatch: pytest
     assert ended.code == 2 and "judge cannot be read" in ended.err and command.files() == set()
 
 
-@pytest.mark.slow(reason="starts accelerate's launcher, which imports torch twice")
-def test_accelerate_launches_the_same_program(command: Command) -> None:
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "-m",
-            "esd.train",
-            "concepts=[cat]",
-            "run_dir=runs/cat",
-            *FAST,
-        ],
-        capture_output=True,
+def started(command: Command, *arguments: str) -> subprocess.Popen[str]:
+    """`python` with these arguments, in the folder of `command`, on one thread of the CPU."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=command.folder,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
-    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow(reason="starts a Python of its own, which imports torch")
+def test_ctrl_c_ends_in_one_line_and_a_state_to_go_on_from(command: Command) -> None:
+    endless = ("-m", "esd.train", "concepts=[cat]", "run_dir=runs/cat", *FAST, "training.updates=1000000")
+    file = command.folder / "runs/cat/metrics.jsonl"
+
+    def updates() -> int:
+        return len(file.read_text().splitlines()) if file.is_file() else 0
+
+    for sitting in ("first", "second"):
+        before, process, deadline = updates(), started(command, *endless), time.monotonic() + LIMIT
+        try:
+            while process.poll() is None and updates() < before + 2 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()
+        assert process.returncode == 130, err
+        assert ("resuming after update" in out) == (sitting == "second") and "Traceback" not in err
+        assert re.fullmatch(r"stopped after update \d+ of 1000000; the same command resumes", err.splitlines()[-1])
+    assert load_state(command.folder / "runs/cat/state") is not None
+
+
+@pytest.mark.slow(reason="starts two Pythons of its own, which import torch")
+def test_two_processes_train_what_one_would_into_one_directory(command: Command) -> None:
+    settings = ("concepts=[cat]", *FAST, "training.lr=1e-4", "prompts=['{}','a {}']")
+    assert command("train", *settings, "training.batch_size=6", "run_dir=runs/one").code == 0
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "esd.train")
+    process = started(command, *launch, *settings, "training.batch_size=3", "run_dir=runs/two")
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.terminate()  # the launcher ends its processes too
+    assert process.returncode == 0, err
+    assert "4 of 6 points" in out and out.count("results are in runs/two") == 1
+    one, two = (load(command.folder / "runs" / name).differences for name in ("one", "two"))
+    assert all(difference.abs().max() > 1e-4 for difference in one.values())
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-6) for name in one)
+    lines = (command.folder / "runs/two/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow(reason="starts accelerate's launcher, which imports torch twice")
+def test_accelerate_launches_the_same_program(command: Command) -> None:
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "-m", "esd.train")
+    process = started(command, *launch, "concepts=[cat]", "run_dir=runs/cat", *FAST)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
     assert {f"runs/cat/{name}" for name in LEFT} <= command.files()

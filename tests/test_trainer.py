@@ -157,8 +157,21 @@ def test_a_preserved_prompt_starts_at_no_loss_and_is_held(tmp_path: Path) -> Non
 
 
 def test_an_attribute_is_erased_from_a_concept(tmp_path: Path) -> None:
-    run(tmp_path, plan(erase_from=("a photo", "the photo")))
+    run(tmp_path, plan(erase_from=("a photo", "the photo"), objective=Objective(anchor="erase_from")))
     assert len(metrics(tmp_path)) == 4
+    assert checkpoint.load(tmp_path).provenance["objective"]["anchor"] == "erase_from"
+
+
+@pytest.mark.parametrize("changes", [{"erase_from": ("a dog",)}, {"objective": Objective(anchor="erase_from")}])
+def test_an_anchor_without_its_prompts_and_prompts_without_their_anchor_are_refused(changes: Any) -> None:
+    with pytest.raises(UserError, match="go together"):
+        plan(**changes)
+
+
+def test_points_may_be_of_another_size_than_the_models_own(tmp_path: Path) -> None:
+    usual = run(tmp_path / "usual", PLAN)
+    large = run(tmp_path / "large", plan(sampling=Sampling(num_steps=3, size=20)))
+    assert large.keys() == usual.keys() and not same(large, usual)
 
 
 def test_weight_decay_pulls_towards_the_base(tmp_path: Path) -> None:
@@ -233,18 +246,18 @@ def test_divergence_stops_training_with_advice_and_publishes_nothing(tmp_path: P
     assert all(torch.equal(before[name], value) for name, value in model.denoiser.state_dict().items())
 
 
-@pytest.mark.parametrize("error", [UserError, trainer.Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [UserError("here"), trainer.Stopped("here", 15), KeyboardInterrupt("here")], ids=repr)
 def test_whatever_ends_training_the_model_is_the_base_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     model = family(torch.bfloat16)
     before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
 
     def fail(log: trainer.Log, line: dict[str, float]) -> None:
-        raise error("here")
+        raise error
 
     monkeypatch.setattr(trainer.Log, "write", fail)
-    with pytest.raises(error, match="here"):
+    with pytest.raises(type(error), match="here"):
         run(tmp_path, plan(gradient_checkpointing=True), mixed_precision="bf16", on=model)
     denoiser: Any = model.denoiser
     assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
@@ -276,22 +289,3 @@ def test_the_description_counts_the_prompts_a_run_will_visit_and_tells_what_is_c
     told = trainer.describe(family(), plan(preserve=(*many, long), updates=1, rollouts=rollouts))
     assert re.search(r"preserve .*; uses [123] of 10 prompts, weight 1", told)
     assert told.splitlines()[-1].split(None, 1) == ["cut", f"{long!r} is too long; not read: 'cat style'"]
-
-
-def two_processes(folder: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # inherited from the parent
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    trainer.train(family(), plan(batch_size=3), Path(folder), accelerator)
-
-
-@pytest.mark.skip(reason="forks a process that has OpenMP threads, which can hang; holds with OMP_NUM_THREADS=1")
-def test_two_processes_train_what_one_would_into_one_directory(tmp_path: Path) -> None:
-    from accelerate import debug_launcher
-
-    one = run(tmp_path / "one", plan(batch_size=6))
-    (tmp_path / "two").mkdir()
-    debug_launcher(two_processes, args=(str(tmp_path / "two"),), num_processes=2)
-    two = checkpoint.load(tmp_path / "two").differences
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4]

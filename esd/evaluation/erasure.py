@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ UNRELATED = (
     "a portrait of a woman",
     "a mountain lake at sunset",
 )
+JOINING = {"a", "an", "the", "of", "on", "at", "in", "s"}  # words that name nothing; s is what is left of 's
 
 Report = Callable[[str], None]
 
@@ -70,7 +72,7 @@ def evaluate(
 
     Args:
         pipe: the base, on its device; it is the base again afterwards.
-        checkpoint: the erased weights.
+        checkpoint: the erased weights, a file or a run directory.
         concepts: what was erased.
         vocabulary: of the model, or None.
         judge: reads uint8 images (n, H, W, 3), or None.
@@ -170,11 +172,12 @@ def preview_lines(concepts: Sequence[str], vocabulary: Vocabulary | None, column
 
     A thing is shown across styles, a style across things: the target, three neighbours, then what is
     unrelated (things of other groups; the same things without a style). Without a vocabulary the
-    columns are seeds.
+    columns are seeds, and what is unrelated are everyday prompts, without those that name what is erased.
     """
     found = vocabulary.find(concepts[0]) if vocabulary else None
     if vocabulary is None or found is None:
-        texts = [(concept, "target") for concept in concepts] + [(text, "unrelated") for text in UNRELATED]
+        spared = [text for text in UNRELATED if not any(share_a_word(text, concept) for concept in concepts)]
+        texts = [(concept, "target") for concept in concepts] + [(text, "unrelated") for text in spared]
         return [Line(text, role, (text,) * columns) for text, role in texts], [f"seed {i + 1}" for i in range(columns)]
     domain, entry = found
     erased_names = {other[1].name for concept in concepts if (other := vocabulary.find(concept))}
@@ -201,6 +204,15 @@ def preview_lines(concepts: Sequence[str], vocabulary: Vocabulary | None, column
     else:
         lines.append(Line("no style", "unrelated", tuple(say(alone, {"thing": thing}) for thing in across)))
     return lines, across
+
+
+def share_a_word(prompt: str, concept: str) -> bool:
+    """Whether a prompt names the concept or a part of it, in the singular or plural: "a dog" and "brown dogs" do."""
+
+    def words(text: str) -> set[str]:
+        return {word.removesuffix("s") for word in re.findall(r"\w+", text.lower()) if word not in JOINING}
+
+    return bool(words(prompt) & words(concept))
 
 
 def _spread(items: list[Any], n: int) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,11 +46,19 @@ class Readings:
 
     def shows(self, things: Sequence[str]) -> np.ndarray:
         """Return (n,) bool: whether picture i shows `things[i]` and is not "neither"."""
-        return np.array([seen == asked for seen, asked in zip(self.thing, things, strict=True)], bool) & ~self.neither
+        return np.array([self.says(i, "thing", thing) for i, thing in self._numbered(things)], bool)
 
     def in_style(self, styles: Sequence[str]) -> np.ndarray:
         """Return (n,) bool: whether picture i is in style `styles[i]`."""
-        return np.array([seen == asked for seen, asked in zip(self.style, styles, strict=True)], bool)
+        return np.array([self.says(i, "style", style) for i, style in self._numbered(styles)], bool)
+
+    def says(self, i: int, domain: str, name: str) -> bool:
+        """Return whether picture i is read as this "thing" or "style"; a thing of a "neither" does not count."""
+        return bool(getattr(self, domain)[i] == name and not (domain == "thing" and self.neither[i]))
+
+    def _numbered(self, names: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """One name for each picture, with the picture's number."""
+        return zip(range(len(self)), names, strict=True)
 
 
 class Judge(Protocol):

@@ -12,30 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from esd.evaluation.judges import Readings
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.vocabulary import DOMAINS
 
 NO_RATE: dict[str, Any] = {"before": None, "after": None, "n": 0, "interval": None, "interval_before": None}
-
-
-class Seen(Protocol):
-    """What a judge read in n images: the thing and the style of each, and whether it saw neither."""
-
-    @property
-    def thing(self) -> Sequence[str]: ...  # noqa: D102
-
-    @property
-    def style(self) -> Sequence[str]: ...  # noqa: D102
-
-    @property
-    def neither(self) -> Sequence[bool]: ...  # noqa: D102
-
-
-def shows(seen: Seen, i: int, domain: str, name: str) -> bool:
-    """Whether the judge saw `name` in image i; a thing it is not sure of ("neither") does not count."""
-    return bool(getattr(seen, domain)[i] == name and not (domain == "thing" and seen.neither[i]))
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -52,13 +35,15 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def erasure_rates(rows: Sequence[PromptRow], before: Seen, after: Seen, concepts: Mapping[str, str]) -> dict[str, Any]:
+def erasure_rates(
+    rows: Sequence[PromptRow], before: Readings, after: Readings, concepts: Mapping[str, str]
+) -> dict[str, Any]:
     """The rates of summary.json.
 
     Args:
         rows: the prompts drawn, n of them, with labels "thing" and/or "style".
-        before: what the judge saw in the base's n images.
-        after: what it saw in the erased model's, of the same prompts and seeds.
+        before: what the judge reads in the base's n images.
+        after: what it reads in the erased model's, of the same prompts and seeds.
         concepts: erased names to their domain, for example {"cat": "thing"}.
 
     Returns:
@@ -81,7 +66,7 @@ def erasure_rates(rows: Sequence[PromptRow], before: Seen, after: Seen, concepts
         ]
         if not asked:
             return dict(NO_RATE)
-        hits = [sum(shows(seen, i, domain, name) for i, domain, name in asked) for seen in (before, after)]
+        hits = [sum(read.says(*one) for one in asked) for read in (before, after)]
         return {
             "before": hits[0] / len(asked),
             "after": hits[1] / len(asked),

@@ -85,18 +85,14 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def family_of(pipe: Any, sample_size: tuple[int, int] | None = None) -> Family:
-    """The family of a pipeline.
-
-    Args:
-        pipe: a stock diffusers pipeline.
-        sample_size: latent (height, width) to train at, or None for the model's own.
+def family_of(pipe: Any) -> Family:
+    """The family of a stock diffusers pipeline.
 
     Raises:
         UserError: an unsupported pipeline.
     """
     _check_supported(type(pipe).__name__)
-    return _FAMILIES[type(pipe).__name__](pipe, sample_size)
+    return _FAMILIES[type(pipe).__name__](pipe)
 
 
 def _check_supported(name: object) -> None:

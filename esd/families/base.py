@@ -7,9 +7,11 @@ the live student, its DDP wrapper, the teacher view and a hooked model are all j
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,7 +71,7 @@ class Family(ABC):
         pipe: the stock diffusers pipeline it was made from.
         denoiser: the live UNet or transformer.
         prediction_type: "epsilon", "v_prediction" or "flow".
-        sample_shape: (c, h, w) of a latent.
+        sample_shape: (c, h, w) of a latent of the model's own size.
         guidance: "cfg" (two passes), "distilled" (an embedded scale) or "none".
         presets: selections by name.
         dtype: floating-point type of the base's denoiser.
@@ -102,12 +104,27 @@ class Family(ABC):
     def recall_encoders(self) -> None:
         """Brings released text encoders back beside the denoiser."""
 
-    def initial_noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+    @abstractmethod
+    def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square pictures.
+
+        Args:
+            size: edge of a picture in pixels, or None for the model's own.
+
+        Raises:
+            UserError: no latents decode to pictures of that size.
+        """
+
+    def initial_noise(self, generators: Sequence[torch.Generator], size: int | None = None) -> Tensor:
         """x_T, unit variance, float32 (len(generators), c, h, w): row i from CPU generator i alone.
 
         Scaling by the scheduler's `init_noise_sigma` belongs to the rollout.
+
+        Args:
+            generators: one for each row.
+            size: see `latent_shape`.
         """
-        return seeding.normal(generators, self.sample_shape).to(self.device)
+        return seeding.normal(generators, self.latent_shape(size)).to(self.device)
 
     @abstractmethod
     def scheduler(self, num_steps: int, name: str | None = None) -> Any:
@@ -170,9 +187,18 @@ class Family(ABC):
 
     @property
     def base_name(self) -> str:
-        """Name of the base for provenance: a hub id, or the last two parts of a local path."""
-        where = str(getattr(self.pipe, "name_or_path", "") or getattr(self.denoiser, "name_or_path", ""))
-        return "/".join(where.replace("\\", "/").rstrip("/").split("/")[-2:]) or type(self.pipe).__name__
+        """The base, for provenance: a hub id, the full path of a local folder, or the class of one made in memory."""
+        where = str(getattr(self.pipe, "name_or_path", None) or "")
+        if where and Path(where).is_dir():
+            return str(Path(where).resolve())
+        return where or type(self.pipe).__name__
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of a hub model, as the cache folder its denoiser came from names it; None for any other base."""
+        where = str(getattr(self.denoiser, "config", {}).get("_name_or_path", ""))
+        commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?![^/\\])", where)
+        return commit[1] if commit else None
 
 
 def check_steps(num_steps: int, num_train_timesteps: int) -> None:

@@ -67,7 +67,6 @@ class StableDiffusion(Family):
 
     Args:
         pipe: the pipeline; only its denoiser is ever changed, and only by `esd.weights` or `esd.checkpoint`.
-        sample_size: latent height and width, or None for the UNet's own.
 
     Raises:
         UserError: the scheduler's prediction type is neither epsilon nor v_prediction, or the UNet takes
@@ -87,7 +86,7 @@ class StableDiffusion(Family):
         "self_attention": "self",
     }
 
-    def __init__(self, pipe: Any, sample_size: tuple[int, int] | None = None) -> None:
+    def __init__(self, pipe: Any) -> None:
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
             raise UserError(f"the scheduler predicts {kind!r}; supported: epsilon, v_prediction")
@@ -97,7 +96,7 @@ class StableDiffusion(Family):
                 f"the UNet takes {config.in_channels} channels and returns {config.out_channels}: an "
                 "inpainting or editing model; use a text-to-image base"
             )
-        size = sample_size or config.sample_size
+        size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.pipe = pipe
         self.denoiser = pipe.unet
@@ -106,6 +105,16 @@ class StableDiffusion(Family):
         self.dtype = pipe.unet.dtype
         self._encoded: dict[str, Tensor] = {}
         self._alpha_bars = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.float()
+
+    def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(c, h, w); a side is the picture's by the VAE's factor, 8 for Stable Diffusion. See `Family.latent_shape`."""
+        if size is None:
+            return self.sample_shape
+        factor = self.pipe.vae_scale_factor
+        if size < factor or size % factor:
+            near = max(1, round(size / factor)) * factor
+            raise UserError(f"trajectory.size={size}: allowed: multiples of {factor} pixels, such as {near}")
+        return self.sample_shape[0], size // factor, size // factor
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """{"encoder_hidden_states": (len(prompts), n, d)}, by the stock pipeline's own `encode_prompt`.
