@@ -61,6 +61,15 @@ def test_judge_passed_its_exam_and_takes_noise_for_nothing() -> None:
     assert judge(noise).neither.mean() >= 0.9
 
 
+def test_a_reading_does_not_depend_on_the_precision_around_it() -> None:
+    judge = EmojiJudge(CHECKPOINTS / "emoji-judge")
+    images = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    plain = judge(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = judge(images)
+    assert np.array_equal(plain.thing_p, inside.thing_p)
+
+
 @pytest.mark.parametrize("folder", ["emoji-sd", "emoji-clip", "emoji-judge"])
 def test_every_model_has_a_card_with_licence(folder: str) -> None:
     assert "license:" in (CHECKPOINTS / folder / "README.md").read_text()

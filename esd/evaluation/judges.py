@@ -158,8 +158,9 @@ class EmojiJudge:
         )
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # a reading must not depend on the precision of what is drawn around it
     def __call__(self, images: np.ndarray, batch: int = 256) -> Readings:
-        """Return the readings of uint8 RGB pictures (n, 64, 64, 3).
+        """Return the readings of uint8 RGB pictures (n, 64, 64, 3), in float32.
 
         Raises:
             UserError: pictures of another size or type.
