@@ -142,23 +142,27 @@ def load(path: str | Path) -> Erased:
     return Erased(differences, provenance, file)
 
 
-def apply(pipe: Any, path: str | Path) -> None:
+def check(pipe: Any, path: str | Path | Erased) -> None:
+    """Makes sure that erased weights could be put on a pipeline; changes nothing.
+
+    Raises:
+        CheckpointError: see `apply`.
+    """
+    _fitting(_loaded(path), _denoiser(pipe))
+
+
+def apply(pipe: Any, path: str | Path | Erased) -> None:
     """Puts erased weights on a pipeline's denoiser, in place and in its own precision; `remove` undoes it.
 
     Args:
         pipe: a diffusers pipeline, or a denoiser itself.
-        path: a checkpoint file or a run directory.
+        path: a checkpoint file, a run directory, or what `load` made of one.
 
     Raises:
         CheckpointError: not readable, made from another base, for another architecture, or the pipeline
             wears one.
     """
-    denoiser = _denoiser(pipe)
-    if denoiser in _APPLIED:
-        raise CheckpointError(
-            f"the pipeline already wears {str(_APPLIED[denoiser].path)!r}; call esd.remove(pipe) first"
-        )
-    checkpoint = load(path)
+    denoiser, checkpoint = _denoiser(pipe), _loaded(path)
     parameters = _fitting(checkpoint, denoiser)
     originals = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     erased_weights = _erased_weights(checkpoint, parameters)
@@ -191,7 +195,7 @@ def remove(pipe: Any) -> None:
 
 
 @contextmanager
-def erased(pipe: Any, path: str | Path) -> Iterator[Any]:
+def erased(pipe: Any, path: str | Path | Erased) -> Iterator[Any]:
     """The pipeline with erased weights on, for the length of a `with` block; they come off on any exit."""
     apply(pipe, path)
     try:
@@ -200,14 +204,14 @@ def erased(pipe: Any, path: str | Path) -> Iterator[Any]:
         remove(pipe)
 
 
-def export_official(path: str | Path, pipe: Any, out: str | Path) -> None:
+def export_official(path: str | Path | Erased, pipe: Any, out: str | Path) -> None:
     """Writes absolute weights under bare denoiser names, in the pipeline's precision, as upstream's scripts
     do.
 
     ``pipe.unet.load_state_dict(load_file(out), strict=False)`` is all a reader needs.
 
     Args:
-        path: a checkpoint file or a run directory.
+        path: a checkpoint file, a run directory, or what `load` made of one.
         pipe: the base it was made from, with no erased weights on.
         out: file to write.
 
@@ -216,13 +220,16 @@ def export_official(path: str | Path, pipe: Any, out: str | Path) -> None:
 
     Source: rohitgandikota/erasing, esd_sd.py, whose files these load like.
     """
-    checkpoint, denoiser = load(path), _denoiser(pipe)
-    if denoiser in _APPLIED:
-        raise CheckpointError("the pipeline wears erased weights; call esd.remove(pipe) before exporting")
-    weights = _erased_weights(checkpoint, _fitting(checkpoint, denoiser))
+    checkpoint = _loaded(path)
+    weights = _erased_weights(checkpoint, _fitting(checkpoint, _denoiser(pipe)))
     header = {"format": "pt", "provenance": json.dumps(checkpoint.provenance, sort_keys=True)}
     with atomic(Path(out)) as staged:
         save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, staged, metadata=header)
+
+
+def _loaded(path: str | Path | Erased) -> Erased:
+    """The checkpoint at a path; one that is loaded is not read again."""
+    return path if isinstance(path, Erased) else load(path)
 
 
 def _erased_weights(checkpoint: Erased, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -234,7 +241,11 @@ def _erased_weights(checkpoint: Erased, parameters: Mapping[str, nn.Parameter]) 
 
 
 def _fitting(checkpoint: Erased, denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a checkpoint changes, after making sure that this is its base."""
+    """The parameters that a checkpoint changes, after making sure that this is its base and wears nothing."""
+    if denoiser in _APPLIED:
+        raise CheckpointError(
+            f"the pipeline already wears {str(_APPLIED[denoiser].path)!r}; call esd.remove(pipe) first"
+        )
     parameters, file = dict(denoiser.named_parameters()), checkpoint.path.name
     for name, difference in checkpoint.differences.items():
         if name not in parameters:

@@ -22,6 +22,7 @@ from typing import Any
 from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
+SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
 
 
@@ -112,7 +113,7 @@ class TrajectoryConfig:
         "which t goes with x_t; the other rules are upstream's",
         one_of=("visited", "index", "compvis", "alt"),
     )
-    scheduler: str | None = option(None, "ddim, euler, ...; null takes the model's own")
+    scheduler: str | None = option(None, "of the rollouts; null takes the model's own", one_of=SCHEDULERS)
     size: int | None = option(
         None, "edge in pixels of the square pictures rolled out; null is the model's own", at_least=1
     )
@@ -232,6 +233,8 @@ class TrainConfig:
             )
         if len(self.training.betas) != 2:
             raise UserError(f"training.betas={self.training.betas}: Adam takes two, such as training.betas=[0.9,0.999]")
+        check_pull(self.training)
+        check_time_rule(self.trajectory)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the concepts."""
@@ -277,7 +280,8 @@ def check_ranges(config: Any) -> None:
     for name, value, spec in fields_of(config):
         one_of, rule = spec.metadata.get("one_of"), spec.metadata.get("rule", {})
         if one_of and value is not None and value not in one_of:
-            raise UserError(f"{name}={value}: allowed: {', '.join(one_of)}; for example {name}={spec.default}")
+            example = spec.default or "null"
+            raise UserError(f"{name}={value}: allowed: {', '.join(one_of)}; for example {name}={example}")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool) and not _keeps(number, rule):
                 words = " and ".join(f"{word} {bound:g}" for word, bound in rule.items()) or "any size"
@@ -307,7 +311,7 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, datacla
 
 
 def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> list[str]:
-    """The concepts without leading articles, which templates add: "a cat" would be trained on as "an a cat".
+    """The concepts with single spaces and no leading article, which templates add: "a cat" would become "an a cat".
 
     A slash, a quote or an emoji is fine: file names are made by `slug`, never from the concept itself.
 
@@ -333,10 +337,35 @@ def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> list[s
             )
         if "{" in concept or "}" in concept:
             raise UserError(f"{name}: {concept!r} holds a brace, which templates use; allowed: text without {{ and }}")
-    plain = [re.sub(r"^\s*(a|an|the)\s+(?=\S)", "", concept, flags=re.IGNORECASE) for concept in concepts]
+    spaced = [" ".join(concept.split()) for concept in concepts]
+    plain = [re.sub(r"^(a|an|the) (?=\S)", "", concept, flags=re.IGNORECASE) for concept in spaced]
     if len(set(plain)) < len(plain) and name == "concepts":
         raise UserError(f"{name}={list(concepts)} names a concept twice; allowed: each once")
     return plain
+
+
+def check_pull(training: TrainingConfig) -> None:
+    """Raises UserError where weight decay would carry the weights past the base, and further with every update."""
+    share = training.lr * training.weight_decay
+    if share > 1:
+        raise UserError(
+            f"training.weight_decay={training.weight_decay:g} times training.lr={training.lr:g} is {share:.3g}, more "
+            f"than the whole way back to the base; allowed: up to 1, here training.weight_decay={1 / training.lr:g}"
+        )
+
+
+def check_time_rule(trajectory: TrajectoryConfig) -> None:
+    """Raises UserError where a rule that relabels DDIM's times is asked of something else.
+
+    With `scheduler` null it is the model's own, of which `esd.trajectory.times` knows.
+    """
+    relabels = trajectory.time_rule in ("compvis", "alt")
+    if relabels and (trajectory.scheduler not in (None, "ddim") or trajectory.num_steps < 3):
+        raise UserError(
+            f"trajectory.time_rule={trajectory.time_rule} with trajectory.scheduler={trajectory.scheduler} and "
+            f"trajectory.num_steps={trajectory.num_steps}: it relabels DDIM's times; use trajectory.scheduler=ddim and "
+            "at least 3 steps, or trajectory.time_rule=visited"
+        )
 
 
 def check_device(device: str) -> None:

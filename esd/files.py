@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,13 +30,16 @@ def main() -> None:
         "--format", choices=["official"], required=True, help="official: absolute weights, bare UNet keys"
     )
     export.add_argument("--out", required=True, type=Path, help="file to write")
-    export.add_argument("--model", default=None, help="the base; the one the checkpoint names unless given")
+    export.add_argument(
+        "--model", help="the base, a folder or a name on the hub; unless given, the one that the checkpoint names"
+    )
+    export.add_argument("--revision", help="commit of a base on the hub; unless given, the checkpoint's")
     arguments = parser.parse_args()
     try:
         if arguments.command == "inspect":
             inspect(arguments.file, every=arguments.tensors)
         else:
-            export_official(arguments.file, arguments.out, arguments.model)
+            export_official(arguments.file, arguments.out, arguments.model, arguments.revision)
     except UserError as error:
         sys.exit(tell(error))
 
@@ -57,22 +61,36 @@ def inspect(file: str, *, every: bool = False) -> None:
         print(f"  {norms[name]:<10.4g} {'x'.join(map(str, found.differences[name].shape)):<16} {name}")
 
 
-def export_official(file: str, out: Path, model: str | None) -> None:
-    """Writes the absolute weights of the changed tensors; the base is loaded to add them to."""
+def export_official(file: str, out: Path, model: str | None = None, revision: str | None = None) -> None:
+    """Writes the absolute weights of the changed tensors; the base is loaded to add them to.
+
+    Args:
+        file: a checkpoint or a run directory.
+        out: file to write.
+        model: the base, or None for the one that the checkpoint names.
+        revision: commit of a base on the hub, or None for the checkpoint's where it is that base.
+
+    Raises:
+        UserError: the file cannot be written, or the base cannot be had or is another.
+    """
     from esd import checkpoint
-    from esd.families import load_pipeline
+    from esd.families import check_model, load_pipeline
 
     if out.exists():
         raise UserError(f"--out {out} exists; remove it, or name another file")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another file")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: you may not write to the folder {out.parent}; name a file elsewhere")
     found = checkpoint.load(file)
-    base = model or str(found.provenance.get("base", ""))
-    if model is None and not Path(base).is_dir():
-        raise UserError(
-            f"the checkpoint's base is {base!r}, which is no folder here; name the base: --model FOLDER_OR_HUB_NAME"
-        )
-    checkpoint.export_official(file, load_pipeline(base), out)
+    named = str(found.provenance.get("base", ""))
+    base = model or named
+    if revision and Path(base).exists():
+        raise UserError(f"--revision {revision}: the base {base} is a folder, which has no revisions; leave it out")
+    check_model(base, setting="--model")
+    if base == named:
+        revision = revision or found.provenance.get("revision")
+    checkpoint.export_official(found, load_pipeline(base, revision=revision), out)
     print(
         f"wrote {out}; load it with pipe.unet.load_state_dict(safetensors.torch.load_file({str(out)!r}), strict=False)"
     )

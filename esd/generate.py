@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from esd.config import GenerateConfig
 from esd.main import run_program
+from esd.model import check, find_device, load
 from esd.run import RunDirectory
-from esd.train import find_device, load
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,14 +32,12 @@ def main() -> None:
 def generate(config: GenerateConfig) -> int:
     """Draws what `config` says; returns the exit code."""
     run = RunDirectory(config.run_path(), config)
+    from esd import checkpoint
     from esd.evaluation.generate import generate as draw
     from esd.evaluation.prompts import load as load_prompts
-    from esd.families import check_model
 
-    check_model(config.model.path)
+    check(config.model)
     rows = load_prompts(config.prompts, seed=config.seed)
-    from esd import checkpoint
-
     found = checkpoint.load(config.checkpoint) if config.checkpoint else None
     images = len(rows) * config.images_per_prompt
     print(
@@ -52,16 +50,15 @@ def generate(config: GenerateConfig) -> int:
     plans = {"base": plan(config, rows, run, "base", None)}
     if found:
         plans["erased"] = plan(config, rows, run, "erased", found.path)
-    family, _ = load(config, find_device(config.device))
-    if config.checkpoint:
-        checkpoint.apply(family.pipe, config.checkpoint)  # another base is refused before anything is written
-        checkpoint.remove(family.pipe)
-    run.create()
-    draw(family.pipe, plans["base"], batch_size=config.batch_size)
-    if config.checkpoint:
-        with checkpoint.erased(family.pipe, config.checkpoint):
-            draw(family.pipe, plans["erased"], batch_size=config.batch_size)
-    contact_sheet(plans, rows, run)
+    pipe = load(config.model, find_device(config.device)).pipe
+    if found:
+        checkpoint.check(pipe, found)  # another base is refused before anything is written
+    with run.claimed():
+        draw(pipe, plans["base"], batch_size=config.batch_size)
+        if found:
+            with checkpoint.erased(pipe, found):
+                draw(pipe, plans["erased"], batch_size=config.batch_size)
+        contact_sheet(plans, rows, run)
     print(f"results are in {run.path}: contact_sheet.png, {', '.join(f'{name}/' for name in plans)}")
     return 0
 

@@ -1,8 +1,8 @@
 """The edge every program shares: instant help, composition by Hydra, one line for a mistake, exit codes.
 
 Exit codes: 0 done, 1 a fault of ours (with its traceback), 2 the user's mistake (one line: the value, what
-is allowed, how to mend it), 3 a gate failed, 130 stopped by Ctrl-C and 143 by SIGTERM, both resumable with the
-same command.
+is allowed, how to mend it), 130 stopped by Ctrl-C and 143 by SIGTERM, both resumable with the same command. A
+sweep goes on after a job that failed, and ends with the first such code; a stopped one ends it.
 
 Hydra composes the configuration and runs sweeps; it owns no files. Its `multirun.yaml` goes to a scratch
 folder, and each job of a sweep gets a directory of its own below `run_dir`.
@@ -46,8 +46,8 @@ HELP_END = """\
 Flags: --multirun runs every combination of a=1,2 b=x,y, each in its own directory.
 --config-dir FOLDER adds your own: FOLDER/experiment/mine.yaml, which begins as those of conf/experiment do, is
 experiment=mine. --cfg job prints the settings as composed. The same command resumes a stopped run.
-Exit codes: 0 done, 2 a mistake in the input, 3 a gate failed, 130 (Ctrl-C) and 143 (SIGTERM) stopped and resumable,
-1 a fault of esd."""
+Exit codes: 0 done, 2 a mistake in the input, 130 (Ctrl-C) and 143 (SIGTERM) stopped and resumable, 1 a fault of
+esd. A sweep goes on after a job that failed and ends with its code."""
 EXIT_USER = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
 
@@ -86,6 +86,8 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    codes: list[int] = []  # of a sweep's jobs, or of the only one
+
     def job(composed: DictConfig) -> None:
         try:
             refuse_unknown(unresolved(composed), schema())
@@ -96,7 +98,8 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
             code = task(config)
         except UserError as error:
             code = tell(error)
-        if code:
+        codes.append(code)
+        if code > EXIT_SIGNAL:
             raise SystemExit(code)  # an Exception would make Hydra print lines of its own
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
@@ -112,6 +115,8 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema)) from error
+    if code := next(filter(None, codes), 0):
+        raise SystemExit(code)
 
 
 def refuse_beaten_groups(composed: Any, schema: Any) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .storage import atomic
+
 
 class Log:
     """metrics.jsonl, one line per update, and a progress bar with the loss and the time left.
 
     Args:
-        path: of the file; lines after update `first` are dropped, they are about to be written again.
+        path: of the file; lines of updates after `first` are dropped, they are about to be written again.
         first: updates done before.
         updates: updates in all.
         enabled: False makes it silent, on all processes but one.
@@ -31,9 +33,10 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.enabled:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            self.file = self.path.open("w", encoding="utf-8")
-            self.file.writelines(lines[: self.first])
+            kept = self._lines_kept()
+            with atomic(self.path) as staged:  # a kill here leaves the old file or the new one, never half of it
+                staged.write_text("".join(kept), encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
         self.bar = tqdm(
             total=self.updates,
             initial=self.first,
@@ -48,6 +51,17 @@ class Log:
         self.bar.close()
         if self.enabled:
             self.file.close()
+
+    def _lines_kept(self) -> list[str]:
+        """The lines of the updates done before; a line that a crash cut short is dropped."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= self.first:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        return kept
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Adds one update's metrics."""

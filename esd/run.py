@@ -6,6 +6,7 @@
     preview.png           base and erased side by side
     summary.json          rates before and after, as the judge reads them
     state/                resumable training state; gone once training is done
+    .lock                 held by the process at work; an empty file
 
 The same settings resume a run; other settings are refused, so that no directory ever mixes two runs.
 """
@@ -18,6 +19,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from esd.errors import UserError
 
 # Settings that change neither the images nor the weights a run makes, or that are compared on their own.
 NEUTRAL = ("plan_only", "device", "run_dir", "tracker", "evaluation", "batch_size")
+LOCK = ".lock"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
@@ -46,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 class RunDirectory:
-    """One run's directory. Making the object only looks; `create` is the first to write.
+    """One run's directory. Making the object only looks; `claimed` is the first to write.
 
     Args:
         path: of the directory, which may not exist yet.
@@ -66,31 +70,57 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    @property
-    def evaluated(self) -> bool:
-        """Whether summary.json answers the evaluation asked for now."""
+    def unmeasured(self, facts: Mapping[str, Any]) -> str:
+        """Why summary.json does not answer an evaluation with these facts: what differs; empty where it does."""
         try:
             told = json.loads((self / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
-        return isinstance(told, dict) and told.get("evaluation") == self.settings["evaluation"]
+            told = None
+        if not isinstance(told, dict):
+            return "there is no summary.json"
+        return next(filter(None, (_difference(name, told.get(name), facts[name]) for name in facts)), "")
 
-    def create(self) -> None:
-        """Makes the directory and writes config.yaml; for the main process, before all other writing."""
+    @contextmanager
+    def claimed(self, *, main: bool = True) -> Iterator[None]:
+        """Keeps other launches out of the directory for the length of a `with` block, and writes config.yaml.
+
+        Args:
+            main: False in all processes of a launch but one: they share what that one holds.
+
+        Raises:
+            UserError: another process is at work there, or another run has been since; it cannot be written to.
+        """
+        from esd.storage import lock
+
+        if not main:
+            yield
+            return
+        with ExitStack() as held:
+            try:
+                if not held.enter_context(lock(self / LOCK)):
+                    raise UserError(
+                        f"run_dir={self.path}: another process is at work there; wait for it, or choose another run_dir"
+                    )
+                self.stored = self._stored()
+                self._check()
+                self._write_settings()
+            except OSError as error:
+                raise UserError(
+                    f"run_dir={self.path} cannot be written to ({error.strerror}); choose another run_dir"
+                ) from error
+            yield
+
+    def _write_settings(self) -> None:
+        """Writes config.yaml."""
         from esd.storage import atomic
 
-        try:
-            with atomic(self / "config.yaml") as staged:
-                head = [
-                    f"# python -m esd.{self.program} {shlex.join(_typed())}".encode("unicode_escape").decode(),
-                    "# " + ", ".join(f"{name} {number}" for name, number in versions().items()),
-                ]
-                body = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
-                staged.write_text("\n".join([*head, body]), encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"run_dir={self.path} cannot be written to ({error.strerror}); choose another run_dir"
-            ) from error
+        with atomic(self / "config.yaml") as staged:
+            head = [
+                f"# python -m esd.{self.program} {shlex.join(_typed())}".encode("unicode_escape").decode(),
+                "# " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+            ]
+            body = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+            staged.write_text("\n".join([*head, body]), encoding="utf-8")
 
     def _stored(self) -> dict[str, Any] | None:
         """The settings of the run that is here already, or None."""
@@ -113,7 +143,7 @@ class RunDirectory:
                 f"run_dir={self.path}: {existing} is no directory that you may write to; choose another run_dir"
             )
         if self.stored is None:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and any(not _ours(path) for path in self.path.iterdir()):
                 raise UserError(f"run_dir={self.path} holds files that are no run of esd; choose another run_dir")
             return
         for name in self.settings.keys() | self.stored.keys():
@@ -122,6 +152,11 @@ class RunDirectory:
                 raise UserError(
                     f"run_dir={self.path} holds another run ({told}); choose another run_dir, or remove that directory"
                 )
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is one that a run leaves before its config.yaml is there."""
+    return path.name == LOCK or path.name.startswith(".tmp-")
 
 
 def _typed() -> list[str]:

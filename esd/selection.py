@@ -139,6 +139,11 @@ def resolve(
     )
 
 
+def check(expression: str) -> None:
+    """Raises SelectionError for an expression that cannot be read whatever the model; needs none."""
+    _Grammar(expression, (), {}, "").parse()
+
+
 _TOKEN = re.compile(r"\s*(?:([+&()\-])|([^\s+&()\-]+))")
 _WORD = re.compile(r"(?P<word>\w+)(?:\[(?P<range>[\d:]+)\])?$")
 _RANGE = re.compile(r"(?P<low>\d*)(?P<colon>:?)(?P<high>\d*)$")
@@ -225,7 +230,7 @@ class _Parser:
                 continue
             match = _WORD.match(piece)
             if not match:
-                raise self.malformed(f"{piece!r} is neither a word, a range, nor 'name:' and a glob")
+                raise self.no_word(piece)
             word = ALIASES.get(match["word"], match["word"])
             slot = next((i for i in range(after, len(SLOTS)) if word in self.words[SLOTS[i]]), None)
             if slot is None:
@@ -243,6 +248,9 @@ class _Parser:
         low = int(match["low"] or 0)
         high = int(match["high"]) if match["high"] else (10**9 if match["colon"] else low + 1)
         return [info for info in found if info.index is not None and low <= info.index < high]
+
+    def no_word(self, piece: str) -> SelectionError:
+        return self.malformed(f"{piece!r} is neither a word, a range, nor 'name:' and a glob")
 
     def malformed(self, why: str) -> SelectionError:
         return SelectionError(f"selection {self.expression!r} cannot be read: {why}; example: 'cross.k + cross.v'")
@@ -268,3 +276,13 @@ class _Parser:
         stacks = [f"{stack}[0:{last + 1}]" for stack, last in indices.items()]
         choices = {"stacks": stacks, "parts": sorted(self.words["part"]), "presets": list(self.presets)}
         return "; ".join(f"{what}: {', '.join(names)}" for what, names in choices.items() if names)
+
+
+class _Grammar(_Parser):
+    """Reads an expression without a model: any word may name something, so only its form is held against it."""
+
+    def pattern(self, token: str) -> frozenset[str]:
+        for piece in () if token.startswith("name:") else token.split("."):
+            if not piece or not (_RANGE.match(piece) or _WORD.match(piece)):
+                raise self.no_word(piece)
+        return frozenset()

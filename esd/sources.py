@@ -13,7 +13,7 @@ x_t is the training point.
 Free predictions need all of this: the teacher samples; guidance is not 1 (else only the concept's is free);
 the objective's null is the rollout's negative prompt (here there is only one null); t is the visited time,
 not a jittered one; and the prompt is the one rolled out with (so `erase_from` and null are free, the concept
-costs a call). What is missing is computed, in batched calls, so that the trainer always gets complete points.
+costs a call). What is wanted and missing is computed, in batched calls.
 
 Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them.
 
@@ -24,7 +24,7 @@ bank is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
@@ -82,7 +82,7 @@ class Points:
         t: its time (b,).
         prompt: row of `Conditions` it belongs to (b,), int64.
         concept: teacher's prediction for the concept (b, c, h, w).
-        null: for the null prompt (b, c, h, w).
+        null: for the null prompt (b, c, h, w), or None where it is not wanted.
         erase_from: for the prompt erased from (b, c, h, w), or None without one.
     """
 
@@ -90,7 +90,7 @@ class Points:
     t: Tensor
     prompt: Tensor
     concept: Tensor
-    null: Tensor
+    null: Tensor | None = None
     erase_from: Tensor | None = None
 
     def __len__(self) -> int:
@@ -108,16 +108,16 @@ class Points:
         joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
         return Points(**joined)
 
-    def anchor(self, anchor: Anchor) -> Tensor:
-        """The prediction that the objective's anchor names (b, c, h, w).
+    def prediction(self, of: Anchor) -> Tensor:
+        """What the teacher predicts for "null", "concept" or "erase_from" (b, c, h, w).
 
         Raises:
-            ValueError: "erase_from", and nothing is erased from anything.
+            ValueError: it was not asked that, or nothing is erased from anything.
         """
-        prediction = {"null": self.null, "concept": self.concept, "erase_from": self.erase_from}[anchor]
-        if prediction is None:
-            raise ValueError("the anchor is erase_from, but these points have no such prediction")
-        return prediction
+        predicted = {"null": self.null, "concept": self.concept, "erase_from": self.erase_from}[of]
+        if predicted is None:
+            raise ValueError(f"these points have no such prediction: {of}")
+        return predicted
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ class Sampling:
         UserError: a value is out of range.
     """
 
-    num_steps: int = 50
-    guidance_scale: float = 3.0
-    time_rule: TimeRule = "visited"
-    scheduler: str | None = None
-    max_batch: int = 64
-    size: int | None = None
+    num_steps: int
+    guidance_scale: float
+    time_rule: TimeRule
+    scheduler: str | None
+    max_batch: int
+    size: int | None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -154,11 +154,19 @@ class Sampling:
             raise UserError(f"max_batch is {self.max_batch}; it must be at least 2")
 
 
+ALL: tuple[Anchor, ...] = get_args(Anchor)
+
+
 class Source(Protocol):
     """Where training points come from."""
 
+    conditions: Conditions
+
     def points(self, step: int, indices: Sequence[int]) -> Points:
         """The points of update `step`, one for each sample index (over all processes and micro-batches)."""
+
+    def visited(self, updates: int) -> set[int]:
+        """The prompts (rows of `Conditions`) that so many updates train on."""
 
 
 class OnPolicy:
@@ -173,6 +181,7 @@ class OnPolicy:
         sampling: see `Sampling`.
         per_update: samples of one update over all processes and micro-batches.
         seed: of the run.
+        wanted: predictions of the teacher that someone will read; see `Points`.
 
     Raises:
         UserError: the time rule does not fit the scheduler.
@@ -188,7 +197,9 @@ class OnPolicy:
         *,
         per_update: int,
         seed: int,
+        wanted: Collection[Anchor] = ALL,
     ) -> None:
+        self.wanted = wanted
         self.family, self.teacher, self.sampler = family, teacher, sampler
         self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
         self.times = times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler))
@@ -226,8 +237,9 @@ class Bank:
         per_update: samples of one update over all processes and micro-batches.
         seed: of the run.
         sampler: rolls out instead of the teacher, and then nothing is free. With the live student this is
-            ESD's on-policy sampling, at most `updates_per_build` updates stale; a run resumes exactly only
-            at multiples of it.
+            ESD's on-policy sampling, at most `updates_per_build` updates stale; who resumes a run amid a
+            build must let the student of its first update build it again.
+        wanted: predictions of the teacher that someone will read; see `Points`.
 
     Raises:
         UserError: the bank cannot fill one update, or the time rule does not fit the scheduler.
@@ -245,7 +257,9 @@ class Bank:
         per_update: int,
         seed: int,
         sampler: Denoiser | None = None,
+        wanted: Collection[Anchor] = ALL,
     ) -> None:
+        self.wanted = wanted
         self.family, self.teacher, self.sampler = family, teacher, sampler or teacher
         self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
         self.times = times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler))
@@ -257,6 +271,10 @@ class Bank:
                 f"less than one update of {per_update} samples; raise rollouts or reuse"
             )
         self._built: tuple[int, Points] | None = None
+
+    def begins(self, step: int) -> bool:
+        """Whether update `step` is the first of a build, before which the sampler as it is then rolls out."""
+        return step % self.updates_per_build == 0
 
     @torch.no_grad()
     def points(self, step: int, indices: Sequence[int]) -> Points:
@@ -360,14 +378,16 @@ def _roll(source: OnPolicy | Bank, prompt: Tensor, noise: list[torch.Generator],
 
 
 def _complete(source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: dict[str, Tensor]) -> Points:
-    """Points with the teacher's predictions: those in `free`, and the missing ones in one batch."""
+    """Points with the teacher's predictions that are wanted: those in `free`, and the missing ones in one batch."""
     c = source.conditions
-    wanted = {"concept": c.concept[prompt], "null": c.null[[0] * len(x)]}
+    known = {"concept": c.concept[prompt], "null": c.null[[0] * len(x)]}
     if c.erase_from is not None:
-        wanted["erase_from"] = c.erase_from[prompt]
+        known["erase_from"] = c.erase_from[prompt]
+    wanted = [name for name in known if name in source.wanted]
+    predictions = {name: free[name] for name in wanted if name in free}
     missing = [name for name in wanted if name not in free]
     if missing:
-        asked = [wanted[name] for name in missing]
+        asked = [known[name] for name in missing]
         got = predict_many(source.family, source.teacher, x, t, asked, source.sampling.max_batch)
-        free = free | dict(zip(missing, got, strict=True))
-    return Points(x, t, prompt, **free)
+        predictions |= dict(zip(missing, got, strict=True))
+    return Points(x, t, prompt, **predictions)

@@ -41,6 +41,33 @@ def atomic(path: Path) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock(path: Path) -> Iterator[bool]:
+    """Holds an empty file against other processes for the length of a `with` block; yields whether that succeeded.
+
+    The lock ends with the process, however that ends; the file stays. Where the platform or the file system knows no
+    locks, everyone succeeds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        yield _hold(file.fileno())
+
+
+def _hold(descriptor: int) -> bool:
+    """Locks an open file until it is closed; False where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return True
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON, whole or not at all; nan and infinity are refused."""
     with atomic(path) as staged:
@@ -76,7 +103,8 @@ def save_state(folder: Path, state: State) -> None:
     staged.replace(final)
     _flush(folder)
     for other in folder.iterdir():
-        if other != final:
+        is_state = other.name.isdigit() or other.name.startswith(".tmp-")
+        if is_state and other != final and other.is_dir():  # what someone else put here stays
             shutil.rmtree(other)
 
 

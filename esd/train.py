@@ -8,15 +8,16 @@ launch -m esd.train` takes the same settings; `--multirun` runs a sweep.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd.config import TrainConfig
+from esd.config import EvaluationConfig, TrainConfig
 from esd.errors import UserError
 from esd.main import EXIT_SIGNAL, run_program
+from esd.model import check, find_device, load
 from esd.run import RunDirectory, start_tracker, tracker_arguments, versions
 
 if TYPE_CHECKING:
+    from esd.evaluation.judges import Judge
     from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
     from esd.trainer import TrainPlan
@@ -31,16 +32,20 @@ def train(config: TrainConfig) -> int:
     """Trains and measures what `config` says; returns the exit code."""
     run = RunDirectory(config.run_path(), config)
     tracker = tracker_arguments(config.tracker, run.path)
-    from esd.checkpoint import FILE_NAME
-    from esd.families import check_model
-
-    check_model(config.model.path)  # needs no weights and no network: before anything is loaded
+    check(config.model)
+    from esd import selection
+    from esd.evaluation.vocabulary import Vocabulary
     from esd.trainer import describe
 
-    accelerator = make_accelerator(config, tracker)
-    family, vocabulary = load(config, accelerator.device)
+    # All that can be wrong without the base's weights is told before these are loaded.
+    selection.check(config.selection)
+    vocabulary = Vocabulary.load(config.model.path)
     plan = make_plan(config, vocabulary)
+    judge = judge_of(config.model.path)
+    accelerator = make_accelerator(config, tracker)
+    family = load(config.model, accelerator.device)
     accelerator.print(describe(family, plan, accelerator.num_processes), flush=True)
+    check_judge(judge, family, config.evaluation)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
         accelerator.print(
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
@@ -49,26 +54,66 @@ def train(config: TrainConfig) -> int:
     if config.plan_only:
         accelerator.print(f"results    would go to {run.path}; plan_only=true, so nothing was trained")
         return 0
-    trained, measured = (run / FILE_NAME).is_file(), run.evaluated
-    judge = None if trained and measured else judge_of(config.model.path)  # a damaged one costs no training
     accelerator.wait_for_everyone()  # all have looked before the first one writes
+    with run.claimed(main=accelerator.is_main_process):
+        accelerator.wait_for_everyone()
+        return finish(config, family, plan, run, accelerator, vocabulary, judge)
+
+
+def finish(
+    config: TrainConfig,
+    family: Family,
+    plan: TrainPlan,
+    run: RunDirectory,
+    accelerator: Any,
+    vocabulary: Vocabulary | None,
+    judge: Judge | None,
+) -> int:
+    """Trains and measures, each unless that is done; returns the exit code."""
+    import shutil
+
+    from esd.checkpoint import FILE_NAME
+
+    trained = (run / FILE_NAME).is_file()
+    if trained:
+        check_trained(family, plan, run)
+    elif code := fit(config, family, plan, run, accelerator):
+        return code
     if accelerator.is_main_process:
-        run.create()
-    accelerator.wait_for_everyone()
-    if not trained:
-        code = fit(config, family, plan, run, accelerator)
-        if code:
-            return code
-    if accelerator.is_main_process and not (trained and measured):
-        measure(config, family, vocabulary, judge, run)
+        shutil.rmtree(run / "state", ignore_errors=True)  # of use no longer, whichever sitting got this far
+        facts = measured_with(config.evaluation, vocabulary, judge)
+        missing = run.unmeasured(facts)
+        if trained and missing:
+            print(f"trained already; measuring, for {missing}")
+        if missing:
+            measure(config, family, vocabulary, judge, run, facts)
     accelerator.print(f"results are in {run.path}: {FILE_NAME}, summary.json, preview.png, metrics.jsonl")
     return 0
 
 
-def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory, accelerator: Any) -> int:
-    """Trains and removes the resumable state; returns the exit code."""
-    import shutil
+def check_trained(family: Family, plan: TrainPlan, run: RunDirectory) -> None:
+    """Refuses weights that the same settings would not give today: a model may change in its folder.
 
+    Raises:
+        UserError: the weights are of another base, or of other prompts, which come from the model's vocabulary.
+    """
+    from esd import checkpoint
+
+    found = checkpoint.load(run.path)
+    mend = "choose another run_dir, or remove that directory"
+    try:
+        checkpoint.check(family.pipe, found)
+    except checkpoint.CheckpointError as error:
+        raise UserError(
+            f"run_dir={run.path} was trained on another base than {family.base_name} is now; {mend}"
+        ) from error
+    for name in ("prompts", "erase_from", "preserve"):
+        if found.provenance.get(name) != list(getattr(plan, name)):
+            raise UserError(f"run_dir={run.path} was trained with other {name} than the vocabulary gives now; {mend}")
+
+
+def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory, accelerator: Any) -> int:
+    """Trains; returns the exit code."""
     from esd import trainer
 
     start_tracker(accelerator, config.tracker, run)
@@ -80,12 +125,10 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
     finally:
         if config.tracker.name != "none":
             accelerator.end_training()
-    if accelerator.is_main_process:
-        shutil.rmtree(run / "state", ignore_errors=True)
     return 0
 
 
-def judge_of(model: str) -> Any:
+def judge_of(model: str) -> Judge | None:
     """The judge of a model; None where it ships none.
 
     Raises:
@@ -95,16 +138,47 @@ def judge_of(model: str) -> Any:
 
     try:
         return load_judge(model)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"model.path={model}: its judge cannot be read ({error!r}); restore that folder") from error
 
 
-def measure(config: TrainConfig, family: Family, vocabulary: Vocabulary | None, judge: Any, run: RunDirectory) -> None:
-    """Writes preview.png and summary.json, and prints the rates."""
+def check_judge(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
+    """Raises UserError where the judge would read pictures, and the model draws them in another size."""
+    asked = wanted.target_images + wanted.retained_images
+    if judge and asked and family.latent_shape(judge.size) != family.sample_shape:
+        raise UserError(
+            f"the judge {judge.name} of {family.base_name} reads pictures of {judge.size} pixels, and the model draws "
+            "others; remove it from vocabulary.json, or set evaluation.target_images=0 evaluation.retained_images=0"
+        )
+
+
+def measured_with(
+    wanted: EvaluationConfig, vocabulary: Vocabulary | None, judge: Judge | None
+) -> dict[str, dict[str, Any] | str | None]:
+    """What rates depend on besides the weights; summary.json says it, and other facts measure again."""
     import dataclasses
 
+    identity = ("name", "version", "threshold", "hash")
+    return {
+        "judge": {name: getattr(judge, name) for name in identity} if judge else None,
+        "vocabulary": vocabulary.hash if vocabulary else None,
+        "evaluation": dataclasses.asdict(wanted),
+    }
+
+
+def measure(
+    config: TrainConfig,
+    family: Family,
+    vocabulary: Vocabulary | None,
+    judge: Judge | None,
+    run: RunDirectory,
+    facts: dict[str, Any],
+) -> None:
+    """Writes preview.png and summary.json, with these facts in it, and prints the rates."""
     from esd import checkpoint
-    from esd.evaluation.erasure import Sampling, evaluate
+    from esd.evaluation.erasure import DrawSettings, evaluate
     from esd.storage import write_json
 
     told = checkpoint.load(run.path).provenance
@@ -118,26 +192,20 @@ def measure(config: TrainConfig, family: Family, vocabulary: Vocabulary | None, 
         target_images=wanted.target_images,
         retained_images=wanted.retained_images,
         preview_images=wanted.preview_images,
-        sampling=Sampling(wanted.num_steps, wanted.guidance_scale, wanted.batch_size),
+        settings=DrawSettings(wanted.num_steps, wanted.guidance_scale, wanted.batch_size),
         picture=run / "preview.png",
     )
-    facts = {
-        "seconds": told["seconds"],
-        "parameters": told["parameters"],
-        "seed": config.seed,
-        "judge": judge and {name: getattr(judge, name) for name in ("name", "version", "threshold", "hash")},
-        "evaluation": dataclasses.asdict(wanted),
-    }
-    summary = {name: value for name, value in rates.items() if name != "reason"} | facts | {"reason": rates["reason"]}
-    write_json(run / "summary.json", summary)
+    trained = {"seconds": told["seconds"], "parameters": told["parameters"], "seed": config.seed}
+    reason = rates.pop("reason")
+    write_json(run / "summary.json", rates | trained | facts | {"reason": reason})
     for name, rate in rates.items():
         if isinstance(rate, dict) and rate["n"]:
             low, high = rate["interval"]
             print(
                 f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  (95%: {low:.1%} to {high:.1%}, n={rate['n']})"
             )
-    if rates["reason"]:
-        print(f"no rates: {rates['reason']}")
+    if reason:
+        print(f"no rates: {reason}")
     elif rates["neither"] is not None:
         print(f"{'neither':<14} {rates['neither']:.1%} of the target images show nothing the judge knows")
 
@@ -176,40 +244,6 @@ def mixed_precision(config: TrainConfig, launched: str) -> str:
             f"accelerate launch --mixed_precision {launched}: allowed: no, bf16; or training.mixed_precision=no here"
         )
     return "bf16" if config.model.precision == "bfloat16" else launched
-
-
-def find_device(name: str) -> str:
-    """The torch device of a setting; "auto" takes the best there is.
-
-    Raises:
-        UserError: the machine has no such device.
-    """
-    import torch
-
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
-    kind, _, index = name.partition(":")
-    if not has[kind] or (index and int(index) >= torch.cuda.device_count()):
-        there = [kind for kind, is_there in has.items() if is_there]
-        raise UserError(f"device={name} is not in this machine; allowed: auto, {', '.join(there)}")
-    return name
-
-
-def load(config: Any, device: Any) -> tuple[Family, Vocabulary | None]:
-    """The model's family and what it knows, as `config.model` names it."""
-    import diffusers
-    import torch
-    import transformers
-
-    from esd.evaluation.vocabulary import Vocabulary
-    from esd.families import family_of, load_pipeline
-
-    model = config.model
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # loading takes a second; training has a bar of its own
-    pipe = load_pipeline(model.path, getattr(torch, model.precision), device, model.revision)
-    return family_of(pipe), Vocabulary.load(Path(model.path))
 
 
 def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:

@@ -8,7 +8,7 @@ where the erased model will walk, and the teacher's prediction there comes for f
 
 Accelerate does devices, processes and mixed precision. Every random draw is keyed by (seed, purpose,
 update, sample), so a resumed run needs no saved generator, and n processes draw what one would. To resume,
-run the same command again.
+run the same command again; what it does is what an unbroken run would have done.
 
 Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023 (arXiv:2303.07345). Ours: the
 bank, the preservation term on the teacher's paths, weight decay towards the base.
@@ -19,9 +19,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +31,12 @@ from torch import Tensor
 from esd import checkpoint, objectives, seeding
 from esd.errors import UserError
 from esd.families import Conditioning, Family
-from esd.objectives import Objective
+from esd.objectives import Anchor, Objective
 from esd.progress import Log, termination
-from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling
+from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Sampling, Source
 from esd.storage import State, load_state, save_state
 from esd.weights import Views
 
-Source = OnPolicy | Bank
 MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
 
 
@@ -55,7 +54,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Everything that decides the erased weights, besides the base.
+    """Everything that decides the erased weights, besides the base; `esd.config` has the defaults.
 
     Attributes:
         concepts: what is erased; provenance only, `prompts` is what is trained on.
@@ -87,28 +86,28 @@ class TrainPlan:
 
     concepts: tuple[str, ...]
     prompts: tuple[str, ...]
-    selection: str = "esd_x"
-    erase_from: tuple[str, ...] = ()
-    preserve: tuple[str, ...] = ()
-    preserve_weight: float = 1.0
-    objective: Objective = field(default_factory=Objective)
-    sampling: Sampling = field(default_factory=Sampling)
-    sampler: Literal["student", "teacher"] = "teacher"
-    sample_with: Literal["erase_from", "concept"] = "erase_from"
-    rollouts: int = 24
-    reuse: int = 8
-    updates: int = 150
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    lr: float = 3e-5
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    save_every: int = 100
-    seed: int = 0
+    erase_from: tuple[str, ...]
+    preserve: tuple[str, ...]
+    preserve_weight: float
+    selection: str
+    objective: Objective
+    sampling: Sampling
+    sampler: Literal["student", "teacher"]
+    sample_with: Literal["erase_from", "concept"]
+    rollouts: int
+    reuse: int
+    updates: int
+    batch_size: int
+    gradient_accumulation: int
+    lr: float
+    lr_schedule: Literal["constant", "cosine", "linear"]
+    warmup: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+    gradient_checkpointing: bool
+    save_every: int
+    seed: int
 
     def __post_init__(self) -> None:
         if bool(self.erase_from) != (self.objective.anchor == "erase_from"):
@@ -182,7 +181,7 @@ def _train(
         "base": checkpoint.fingerprint(views.base),
         "processes": accelerator.num_processes,
     }
-    first, earlier = resume(run_dir / "state", views, adam, identity)
+    first, earlier, filler = resume(run_dir / "state", views, adam, identity, erasing)
     if first:
         accelerator.print(f"resuming after update {first} of {plan.updates}")
     log = Log(run_dir / "metrics.jsonl", first, plan.updates, enabled=accelerator.is_main_process)
@@ -193,6 +192,8 @@ def _train(
 
     with log, termination() as stopping:
         for step in range(first, plan.updates):
+            if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.begins(step):
+                filler = views.values()  # resuming amid this build needs the student that rolled it out
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
             losses = torch.zeros(2, device=accelerator.device)  # erase, preserve
@@ -231,7 +232,7 @@ def _train(
             stop = largest(accelerator, stopping())  # the signal that any process got, or 0
             if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
                 if accelerator.is_main_process:
-                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent()))
+                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), filler))
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes", stop)
@@ -252,7 +253,7 @@ def point_sources(
 ) -> tuple[Source, Source | None]:
     """Where the points to erase and to preserve come from; encodes every prompt and samples nothing yet.
 
-    Preserved points are always the teacher's: they are what must not change.
+    Preserved points are always the teacher's, and so is all they say: they are what must not change.
 
     Raises:
         UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the student
@@ -261,9 +262,10 @@ def point_sources(
     null = family.encode([""])
     per_update = plan.batch_size * plan.gradient_accumulation * num_processes
 
-    def source(conditions: Conditions, sampler: Any, seed: int) -> Source:
+    def source(conditions: Conditions, sampler: Any, seed: int, wanted: Collection[Anchor] = ALL) -> Source:
+        how: Any = {"per_update": per_update, "seed": seed, "wanted": wanted}
         if not plan.rollouts:
-            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, per_update=per_update, seed=seed)
+            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, **how)
         return Bank(
             family,
             teacher,
@@ -271,9 +273,8 @@ def point_sources(
             plan.sampling,
             rollouts=plan.rollouts,
             reuse=plan.reuse,
-            per_update=per_update,
-            seed=seed,
             sampler=None if sampler is teacher else sampler,
+            **how,
         )
 
     erase_from = family.encode(plan.erase_from) if plan.erase_from else None
@@ -288,7 +289,8 @@ def point_sources(
     if not plan.preserve:
         return erasing, None
     kept = Conditions(family.encode(plan.preserve), null)
-    return erasing, source(kept, teacher, seeding.derive(plan.seed, "preserve"))
+    itself: tuple[Anchor, ...] = ("concept",)  # here the prompt to preserve
+    return erasing, source(kept, teacher, seeding.derive(plan.seed, "preserve"), wanted=itself)
 
 
 def loss_terms(
@@ -305,7 +307,9 @@ def loss_terms(
         (
             erase,
             erasing.conditions,
-            objectives.target(erase.anchor(objective.anchor), erase.concept, erase.null, eta=objective.eta),
+            objectives.target(
+                erase.prediction(objective.anchor), erase.concept, erase.prediction("null"), eta=objective.eta
+            ),
         )
     ]
     if keep is not None and preserving is not None:
@@ -353,34 +357,56 @@ def pull_towards_base(views: Views, share: float) -> float:
     return float(torch.stack(squares).sum().sqrt())
 
 
-def state(step: int, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], seconds: float) -> State:
-    """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent."""
+def state(
+    step: int,
+    views: Views,
+    adam: torch.optim.Adam,
+    identity: Mapping[str, Any],
+    seconds: float,
+    filler: Mapping[str, Tensor] | None,
+) -> State:
+    """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent.
+
+    And, where the student fills the bank, the weights it had when it filled the one in use.
+    """
     moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in views.named_parameters().items():
         for moment, tensors in moments.items():
             tensors[name] = adam.state[parameter][moment]
-    return State(step, {"student": views.values(), **moments}, {"identity": identity, "seconds": seconds})
+    groups: dict[str, Mapping[str, Tensor]] = {"student": views.values(), **moments}
+    if filler:
+        groups["filler"] = filler
+    return State(step, groups, {"identity": identity, "seconds": seconds})
 
 
-def resume(folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any]) -> tuple[int, float]:
-    """Puts the newest valid state into the student and Adam; returns (updates done, seconds spent) or zeros.
+def resume(
+    folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
+) -> tuple[int, float, Mapping[str, Tensor] | None]:
+    """Puts the newest valid state into the student, Adam and a bank that the student filled.
+
+    Returns:
+        (updates done, seconds spent, the weights that filled the bank if there are any); zeros where no state is.
 
     Raises:
         UserError: the state is of another plan or of another base.
     """
     saved = load_state(folder)
     if saved is None:
-        return 0, 0.0
+        return 0, 0.0, None
     if saved.facts["identity"] != identity:
         raise UserError(
             f"{folder} holds the state of another plan, base or number of processes; "
             "choose another run_dir, or remove it"
         )
+    filler = saved.tensors.get("filler")
+    if filler and isinstance(erasing, Bank) and not erasing.begins(saved.step):
+        views.load_values(filler)
+        erasing.points(saved.step, [0])  # builds it
     views.load_values(saved.tensors["student"])
     for name, parameter in views.named_parameters().items():
         moments = {moment: saved.tensors[moment][name].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
         adam.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
-    return saved.step, float(saved.facts["seconds"])
+    return saved.step, float(saved.facts["seconds"]), filler
 
 
 def provenance(
@@ -416,6 +442,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     objective, sampling = plan.objective, plan.sampling
     selection = family.select(plan.selection).describe().replace("\n", f"\n{'':11}")
     points = plan.batch_size * plan.gradient_accumulation * num_processes
+    shared = f" in {num_processes} processes" if num_processes > 1 else ""
     anew = "anew for every update"
     bank = f"a bank of {plan.rollouts} rollouts, each point used up to {plan.reuse} times"
     if plan.sampler == "student" and isinstance(erasing, Bank):
@@ -434,7 +461,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
         "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps at guidance "
         f"{sampling.guidance_scale:g}, latents {height} x {width}, {bank if plan.rollouts else anew}",
-        "updates": f"{plan.updates} of {points} points, lr {plan.lr:g} {plan.lr_schedule}",
+        "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
     }
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
     return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])

@@ -4,15 +4,19 @@
     python scripts/rates.py runs/things/*
 
 `make demo` ends with the first; the tables of the docs come from the second. The figures are those of each run's
-summary.json, written by `esd.train`.
+summary.json, written by `esd.train`. Runs whose config.yaml differs in the seed alone are followed by their mean.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
+import yaml
+
+OF_ONE_RUN = ("seed", "run_dir", "plan_only", "device", "tracker")
 TITLES = {
     "target": "target",
     "same_domain": "others of its kind",
@@ -65,6 +69,39 @@ def table(summaries: Mapping[str, Mapping]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def settings(run: Path) -> str:
+    """What a run was told besides its seed and its place, as text; its path where no config.yaml says."""
+    file = run / "config.yaml"
+    told = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {"run": str(run)}
+    return json.dumps({name: value for name, value in told.items() if name not in OF_ONE_RUN}, sort_keys=True)
+
+
+def mean(summaries: Sequence[Mapping]) -> Mapping:
+    """A summary of several: the mean of each rate that all of them have, with n added up."""
+    averages: dict = {name: [summary.get(name) for summary in summaries] for name in ("neither", "seconds")}
+    averages = {name: None if None in values else fmean(values) for name, values in averages.items()}
+    for key, title in TITLES.items():
+        rates = [known_rates(summary).get(title) for summary in summaries]
+        if all(rates):
+            before, after, n = ([rate[name] for rate in rates if rate] for name in ("before", "after", "n"))
+            averages[key] = {"before": fmean(before), "after": fmean(after), "n": sum(n)}
+    return averages
+
+
+def with_means(summaries: Mapping[Path, Mapping]) -> dict[str, Mapping]:
+    """Every summary by the path given, and after the last run of several seeds their mean."""
+    groups: dict[str, list[Path]] = {}
+    for run in summaries:
+        groups.setdefault(settings(run), []).append(run)
+    last = {runs[-1]: runs for runs in groups.values() if len(runs) > 1}
+    rows: dict[str, Mapping] = {}
+    for run, summary in summaries.items():
+        rows[str(run)] = summary
+        if runs := last.get(run):
+            rows[f"mean of {len(runs)} seeds, to {run}"] = mean([summaries[one] for one in runs])
+    return rows
+
+
 def main() -> None:
     """Read each RUN_DIR/summary.json and print."""
     parser = argparse.ArgumentParser(description="The rates of one training run in a line, of several as a table.")
@@ -72,11 +109,11 @@ def main() -> None:
     runs = parser.parse_args().run_dir
     if missing := [str(run) for run in runs if not (run / "summary.json").is_file()]:
         sys.exit(f"no summary.json in {', '.join(missing)}: give directories of finished training runs")
-    summaries = {run.name: json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs}
+    summaries = {run: json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs}
     if len(runs) > 1:
-        print(table(summaries))
+        print(table(with_means(summaries)))
         return
-    print(line(summaries[runs[0].name]))
+    print(line(summaries[runs[0]]))
     print(f"picture: {runs[0] / 'preview.png'}")
 
 

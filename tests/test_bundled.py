@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel
 
 from esd.evaluation.generate import sample
 from esd.evaluation.judges import EmojiJudge, load_judge
@@ -44,6 +45,13 @@ def test_it_draws_in_the_styles_it_is_asked_for(pipe: StableDiffusionPipeline) -
     images = sample(pipe, [r.prompt for r in rows], list(seeds), num_steps=15, guidance_scale=4.0, batch_size=8)
     readings = judge(images)
     assert readings.in_style([row.labels["style"] for row in rows]).mean() >= 0.75
+
+
+def test_clip_reads_words_as_the_pipeline_does(pipe: StableDiffusionPipeline) -> None:
+    clip = CLIPModel.from_pretrained(CHECKPOINTS / "emoji-clip", dtype=torch.float16).text_model.state_dict()
+    text = {name.removeprefix("text_model."): value for name, value in pipe.text_encoder.state_dict().items()}
+    assert clip.keys() == text.keys()
+    assert all(torch.equal(clip[name], value.half()) for name, value in text.items())
 
 
 def test_vocabulary_and_judge_know_the_same_words() -> None:

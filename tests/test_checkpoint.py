@@ -243,6 +243,25 @@ def test_what_was_saved_comes_back(file: Path) -> None:
         assert json.loads(handle.metadata()["provenance"]) == loaded.provenance
 
 
+def test_checking_changes_nothing_and_refuses_what_applying_would(file: Path) -> None:
+    pipe, found = tiny.pipeline(), load(file)
+    before = state(pipe)
+    esd.checkpoint.check(pipe, file)
+    esd.checkpoint.check(pipe, found)
+    assert_state(pipe, before)
+    with pytest.raises(CheckpointError, match="another base"):
+        esd.checkpoint.check(tiny.pipeline(seed=1), found)
+
+
+def test_a_checkpoint_that_is_loaded_is_not_read_again(file: Path) -> None:
+    pipe, found = tiny.pipeline(), load(file)
+    before = state(pipe)
+    file.unlink()
+    with esd.erased(pipe, found):
+        assert any(not torch.equal(value, before[name]) for name, value in state(pipe).items())
+    assert_state(pipe, before)
+
+
 def test_a_failed_save_leaves_the_old_file_and_no_rest(file: Path, monkeypatch: Any) -> None:
     before = file.read_bytes()
 
@@ -284,7 +303,7 @@ def test_the_official_export_loads_with_stock_tools(file: Path, tmp_path: Path, 
     assert set(weights) == set(load(file).differences)
     esd.apply(ours, file)
     assert_state(stock, state(ours))
-    with pytest.raises(CheckpointError, match="wears erased weights"):
+    with pytest.raises(CheckpointError, match="already wears"):
         export_official(file, ours, out)
 
 

@@ -1,5 +1,6 @@
 """Every file in conf/ composes, opens with the command that runs it, and shows in --help."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from esd.config import GenerateConfig, TrainConfig, conf_dir, fields_of
+from esd.config import GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
 from esd.main import help_text
+from esd.objectives import Objective
 
 SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig}
 FILES = sorted(conf_dir().rglob("*.yaml"))
@@ -34,6 +36,12 @@ def test_every_group_file_composes_into_a_config_that_passes_its_checks(path: Pa
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_program_composes(name: str) -> None:
     assert isinstance(composed(name, []), SCHEMAS[name])
+
+
+def test_the_default_groups_say_what_the_schema_says() -> None:
+    assert composed("train", ["concepts=[cat]"]) == TrainConfig(concepts=["cat"])
+    assert composed("generate", []) == GenerateConfig()
+    assert Objective() == Objective(**dataclasses.asdict(ObjectiveConfig()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(conf_dir())))

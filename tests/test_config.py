@@ -46,6 +46,11 @@ def config(**settings: object) -> TrainConfig:
         ({"training__betas": [0.9, 1.0]}, "training.betas"),
         ({"training__betas": [0.9]}, "takes two"),
         ({"training__weight_decay": -0.1}, "training.weight_decay"),
+        ({"training__weight_decay": 200.0, "training__lr": 0.01}, "allowed: up to 1, here training.weight_decay=100"),
+        ({"trajectory__scheduler": "magic"}, "allowed: ddim, ddpm"),
+        ({"trajectory__scheduler": "euler", "trajectory__time_rule": "alt"}, "use trajectory.scheduler=ddim"),
+        ({"trajectory__num_steps": 2, "trajectory__time_rule": "compvis"}, "at least 3 steps"),
+        ({"concepts": ["brown  cat", " a brown cat "]}, "twice"),
         ({"evaluation__num_steps": 0}, "evaluation.num_steps=0"),
         ({"seed": -1}, "seed=-1"),
         ({"device": "gpu"}, "device=gpu"),
@@ -65,9 +70,9 @@ def test_any_line_of_text_may_be_a_concept(concept: str) -> None:
 
 
 def test_leading_articles_are_left_to_the_templates() -> None:
-    made = config(concepts=["a cat", "The owl", "a"])
+    made = config(concepts=["a cat", "The   owl ", "a", "  van  gogh"])
     made.check()
-    assert made.concepts == ["cat", "owl", "a"]
+    assert made.concepts == ["cat", "owl", "a", "van gogh"]
 
 
 def test_an_attribute_is_erased_towards_what_it_is_erased_from() -> None:

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 
+from esd import config
 from esd.errors import UserError
 from esd.families import Conditioning, Family, check_model, family_of, load_pipeline
 from esd.families.unet import SCHEDULERS
@@ -77,6 +78,10 @@ def test_initial_noise_is_that_of_the_stock_pipeline(tiny_family: Family) -> Non
     assert torch.equal(ours, stock)
 
 
+def test_the_settings_offer_the_schedulers_there_are() -> None:
+    assert list(SCHEDULERS) == list(config.SCHEDULERS)
+
+
 @pytest.mark.parametrize("name", [None, *SCHEDULERS])
 def test_every_scheduler_is_fresh_and_keeps_the_models_schedule(any_family: Family, name: str | None) -> None:
     first, second = any_family.scheduler(5, name), any_family.scheduler(7, name)
@@ -107,7 +112,7 @@ def test_alpha_and_sigma_are_the_schedulers(any_family: Family) -> None:
     alpha, sigma = any_family.alpha_sigma(t)
     torch.testing.assert_close(alpha.square(), table[t])
     torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones(4))
-    between = any_family.alpha_bar(torch.tensor([500.25]))
+    between = any_family.alpha_sigma(torch.tensor([500.25]))[0].square()
     torch.testing.assert_close(between, 0.75 * table[500:501] + 0.25 * table[501:502])
 
 
@@ -223,12 +228,15 @@ def test_unsupported_models_are_refused() -> None:
         family_of(pipe)
 
 
-def test_encoders_can_be_released_and_recalled() -> None:
+def test_encoders_are_released_to_the_cpu_and_recalled_to_the_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_of(tiny.pipeline())
     before = family.encode(["a cat"])
+    moves: list[str] = []
+    monkeypatch.setattr(family.pipe.text_encoder, "to", lambda where: moves.append(str(where)))
     family.release_encoders()
     assert torch.equal(
         before.tensors["encoder_hidden_states"], family.encode(["a cat"]).tensors["encoder_hidden_states"]
     )
+    family.denoiser.to("meta")  # a device that every machine has, and that is not the CPU
     family.recall_encoders()
-    assert len(family.encode(["a dog"])) == 1
+    assert moves == ["cpu", "meta"]

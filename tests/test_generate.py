@@ -96,6 +96,7 @@ def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
     assert ended.code == 0, ended.err
     left = {name.removeprefix("out/") for name in command.files() if name.startswith("out/")}
     assert left == {
+        ".lock",
         "config.yaml",
         "contact_sheet.png",
         "base",
@@ -135,3 +136,52 @@ def test_files_inspects_and_exports(command: Command) -> None:
     assert all(torch.allclose(unet.state_dict()[name], base[name] + 0.5) for name in weights)
     again = command("files", "export", "--format", "official", str(file), "--out", "official.safetensors")
     assert again.code == 2 and "exists" in again.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ([], ("tiny/sd", "c0ffee")),
+        (["--model", "tiny/sd"], ("tiny/sd", "c0ffee")),
+        (["--revision", "beef"], ("tiny/sd", "beef")),
+        (["--model", "another/sd"], ("another/sd", None)),
+        (["--model", "base"], ("base", None)),
+    ],
+    ids=str,
+)
+def test_an_export_adds_to_the_base_and_revision_that_the_checkpoint_names(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], asked: tuple[str, str | None]
+) -> None:
+    found = checkpoint.load(erased_weights(command.folder / "mine/erased.safetensors"))
+    told = found.provenance | {"base": "tiny/sd", "revision": "c0ffee"}
+    checkpoint.save(found.path, found.differences, told)
+    loaded = []
+
+    def load(path: str, revision: str | None = None) -> object:
+        loaded.append((path, revision))
+        return tiny.pipeline()
+
+    monkeypatch.setattr("esd.families.load_pipeline", load)
+    ended = command("files", "export", "--format", "official", "mine", "--out", "official.safetensors", *arguments)
+    assert ended.code == 0 and loaded == [asked], ended.err
+
+
+def test_mistakes_in_an_export_are_told_before_anything_is_loaded(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("esd.families.load_pipeline", loads)
+    erased_weights(command.folder / "mine/erased.safetensors")
+    export = ("files", "export", "--format", "official", "mine", "--out")
+    for arguments, told in (
+        (["nowhere/out.safetensors"], "there is no folder nowhere"),
+        (["out.safetensors", "--model", "nowhere"], "--model is 'nowhere', which does not exist"),
+        (["out.safetensors", "--revision", "beef"], "is a folder, which has no revisions"),
+    ):
+        ended = command(*export, *arguments)
+        assert ended.code == 2 and told in ended.err
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write everywhere
+    ended = command(*export, "out.safetensors")
+    assert ended.code == 2 and "you may not write to the folder ." in ended.err

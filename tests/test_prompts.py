@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from esd.errors import UserError
-from esd.evaluation.prompts import PromptRow, articled, expand, load
+from esd.evaluation.prompts import PromptRow, articled, expand, load, say
 from esd.evaluation.vocabulary import Vocabulary, expand_prompts, in_turns
 
 VOCABULARY = {
@@ -18,7 +18,7 @@ VOCABULARY = {
     "styles": [{"name": "mosaic"}, {"name": "neon"}],
     "phrasings": {
         "train": {"both": ["a {thing} in the {style} style"]},
-        "held_out": {"thing": ["one {thing}"]},
+        "held_out": {"both": ["one {thing}, {style}"], "thing": ["one {thing}"], "style": ["{style} art"]},
     },
     "held_out_pairs": [["cat", "neon"]],
 }
@@ -101,7 +101,8 @@ def test_templates_expand_over_things_styles_and_seeds_with_labels() -> None:
     ("concept", "domain"), [("cat", "thing"), ("A Kitty", "thing"), ("neon", "style"), ("a pet", None)]
 )
 def test_a_concept_is_known_by_name_and_synonym(vocabulary: Vocabulary, concept: str, domain: str | None) -> None:
-    assert vocabulary.domain_of(concept) == domain
+    found = vocabulary.find(concept)
+    assert (found and found[0]) == domain
 
 
 def test_neighbours_of_the_same_group_come_first(vocabulary: Vocabulary) -> None:
@@ -127,6 +128,48 @@ def test_a_broken_vocabulary_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "vocabulary.json", '{"things": []}')
     with pytest.raises(UserError, match="no vocabulary"):
         Vocabulary.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        {"thing": ["a {thing}"], "style": ["{style}"]},
+        {"both": [], "thing": ["a {thing}"], "style": ["{style}"]},
+        {"both": ["a {thing}"], "thing": ["a {thing}"], "style": ["{style}"]},
+        {"both": ["{thing} {style}"], "thing": "a {thing}", "style": ["{style}"]},
+        {"both": ["{thing} {style}"], "thing": ["a {thing}"], "style": [3]},
+    ],
+)
+def test_a_vocabulary_that_rates_cannot_be_measured_with_is_refused(tmp_path: Path, held_out: object) -> None:
+    written(tmp_path, "vocabulary.json", json.dumps(VOCABULARY | {"phrasings": {"held_out": held_out}}))
+    with pytest.raises(UserError, match=r"phrasings\.held_out\.(both|thing|style) is .*; allowed: a list"):
+        Vocabulary.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "word", "said"),
+    [
+        ("a photo of a pizza {}", "owl", "a photo of a pizza owl"),
+        ("extra {}", "owl", "extra owl"),
+        ("vitamin-a {}", "owl", "vitamin-a owl"),
+        ("A {}", "owl", "An owl"),
+        ("A {}, an {}", "cat", "A cat, a cat"),
+        ("A {}", "grapes", "Grapes"),
+        ("('a {}')", r"\1 owl", r"('a \1 owl')"),
+    ],
+)
+def test_only_an_article_that_stands_alone_becomes_the_words_own(template: str, word: str, said: str) -> None:
+    assert say(template, {"": word}) == said
+
+
+@pytest.mark.parametrize("prompts", [[None], ["a cat", ["a dog"]], [{"prompt": "a cat"}], [True]])
+def test_a_prompt_that_is_no_text_is_refused(prompts: list[object]) -> None:
+    with pytest.raises(UserError, match="is no text"):
+        load(prompts)
+
+
+def test_a_number_is_a_prompt() -> None:
+    assert [row.prompt for row in load([1984])] == ["1984"]
 
 
 @pytest.mark.parametrize("said", ["a unicorn", "a university", "a euro", "a one-eyed cat", "an owl", "an umbrella"])

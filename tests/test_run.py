@@ -23,8 +23,8 @@ def config(eta: float = 1.0, **settings: object) -> TrainConfig:
 
 def created(path: Path, config: TrainConfig) -> RunDirectory:
     run = RunDirectory(path, config)
-    run.create()
-    return run
+    with run.claimed():
+        return run
 
 
 def test_a_run_records_its_settings_command_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,17 +82,42 @@ def test_a_directory_without_write_permission_is_refused(tmp_path: Path, monkeyp
         RunDirectory(tmp_path / "run", config())
 
 
-def test_an_evaluation_counts_only_for_the_settings_it_was_made_with(tmp_path: Path) -> None:
-    created(tmp_path / "run", config())
-    assert not RunDirectory(tmp_path / "run", config()).evaluated
-    (tmp_path / "run/summary.json").write_text("{}")
-    assert not RunDirectory(tmp_path / "run", config()).evaluated
-    told = {"evaluation": dataclasses.asdict(config().evaluation)}
-    (tmp_path / "run/summary.json").write_text(json.dumps(told))
-    assert RunDirectory(tmp_path / "run", config()).evaluated
-    other = config()
-    other.evaluation.target_images = 7
-    assert not RunDirectory(tmp_path / "run", other).evaluated
+def test_an_evaluation_counts_only_for_what_it_was_made_with(tmp_path: Path) -> None:
+    run = created(tmp_path / "run", config())
+    facts = {"judge": {"hash": "ab"}, "vocabulary": "cd", "evaluation": dataclasses.asdict(config().evaluation)}
+    assert run.unmeasured(facts) == "there is no summary.json"
+    (run / "summary.json").write_text("{}")
+    assert run.unmeasured(facts)
+    (run / "summary.json").write_text(json.dumps(facts | {"seconds": 1}))
+    assert run.unmeasured(facts) == ""
+    assert run.unmeasured(facts | {"judge": {"hash": "ef"}}) == "judge.hash=ab there, ef here"
+    assert run.unmeasured(facts | {"vocabulary": None}) == "vocabulary=cd there, None here"
+    other = dataclasses.replace(config().evaluation, target_images=7)
+    assert "target_images=200 there, 7 here" in run.unmeasured(facts | {"evaluation": dataclasses.asdict(other)})
+
+
+def test_a_directory_in_which_a_process_is_at_work_is_refused_to_a_second(tmp_path: Path) -> None:
+    first, second = (RunDirectory(tmp_path / "run", config()) for _ in range(2))
+    with first.claimed():
+        with pytest.raises(UserError, match="another process is at work there"), second.claimed():
+            pass
+        with second.claimed(main=False):  # another rank of the same launch
+            pass
+    with second.claimed():
+        pass
+
+
+def test_a_run_that_came_between_looking_and_writing_is_refused(tmp_path: Path) -> None:
+    late = RunDirectory(tmp_path / "run", config(eta=2.0))
+    created(tmp_path / "run", config(eta=1.0))
+    with pytest.raises(UserError, match="holds another run"), late.claimed():
+        pass
+
+
+def test_a_run_killed_before_it_wrote_its_settings_can_be_started_again(tmp_path: Path) -> None:
+    for name in (".lock", ".tmp-7-config.yaml"):
+        (tmp_path / name).touch()
+    assert created(tmp_path, config()).stored is None
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -115,6 +140,14 @@ def test_the_newest_whole_state_is_read_and_older_ones_are_removed(tmp_path: Pat
     assert found is not None and (found.step, found.facts["seconds"]) == (10, 1.5)
     assert torch.equal(found.tensors["student"]["a.weight"], torch.full((2, 3), 10.0))
     assert [path.name for path in tmp_path.iterdir()] == ["00000010"]
+
+
+def test_what_is_no_state_is_left_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "mine").mkdir()
+    for step in (2, 10):
+        save_state(tmp_path, state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000010", "mine", "notes.txt"]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "no manifest"])

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from esd.families import Family
-from esd.selection import Selection, SelectionError, resolve
+from esd.selection import Selection, SelectionError, check, resolve
 from tests import tiny
 
 
@@ -135,6 +135,17 @@ def test_a_typing_mistake_names_its_near_misses(unet: nn.Module) -> None:
 def test_what_cannot_be_read_or_matches_nothing_is_an_error(unet: nn.Module, expression: str) -> None:
     with pytest.raises(SelectionError, match="selection"):
         select(unet, expression)
+
+
+@pytest.mark.parametrize("expression", ["", "cross +", "(cross", "cross)", "cross self", "cross..k", "up[a]", "& &"])
+def test_what_no_model_could_read_is_an_error_without_one(expression: str) -> None:
+    with pytest.raises(SelectionError, match="cannot be read"):
+        check(expression)
+
+
+@pytest.mark.parametrize("expression", ["esd_x", "(cross.k + up[0:2].self.v) & linear", "down.0:2.self - name:*.to_?*"])
+def test_what_some_model_could_read_is_none(expression: str) -> None:
+    check(expression)
 
 
 def test_a_range_beyond_the_model_says_what_there_is() -> None:

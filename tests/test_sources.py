@@ -33,7 +33,8 @@ def conditions(family: Family, **more: Any) -> Conditions:
 
 
 def sampling(**more: Any) -> Sampling:
-    return Sampling(**{"num_steps": 4, "scheduler": "ddim", **more})
+    how = {"num_steps": 4, "guidance_scale": 3.0, "time_rule": "visited", "max_batch": 64, "size": None}
+    return Sampling(**{**how, "scheduler": "ddim", **more})
 
 
 def bank(family: Family, c: Conditions, s: Sampling, teacher: Any = None, **more: Any) -> Bank:
@@ -124,6 +125,19 @@ def test_what_a_bank_must_still_compute(tiny_family: Family, case: dict, erase: 
     source = bank(tiny_family, c, sampling(**case), teacher)
     source.points(0, range(8))
     assert teacher.rows == (rows * 24 if rows else 2 * 24 + 2 * source.size)
+
+
+@pytest.mark.parametrize(("case", "calls"), [({}, 0), ({"guidance_scale": 1.0}, 0), ({"time_rule": "alt"}, 1)])
+def test_what_nobody_will_read_is_not_computed(tiny_family: Family, case: dict, calls: int) -> None:
+    teacher, c = Counting(tiny_family), conditions(tiny_family)
+    source = bank(tiny_family, c, sampling(**case), teacher, wanted=("concept",))
+    points = source.points(0, range(8))
+    rolled = 24 if case.get("guidance_scale") == 1 else 2 * 24
+    assert points.null is None and teacher.rows == rolled + calls * source.size
+    whole = bank(tiny_family, c, sampling(**case)).points(0, range(8))
+    torch.testing.assert_close(points.concept, whole.concept, atol=1e-5, rtol=1e-4)
+    fresh = on_policy(tiny_family, c, sampling(**case), wanted=("concept",)).points(0, range(8))
+    assert fresh.null is None
 
 
 def test_a_bank_uses_every_point_at_most_reuse_times(tiny_family: Family) -> None:
@@ -273,11 +287,11 @@ def test_rollouts_follow_the_prompt_erased_from_unless_told_otherwise(tiny_famil
 def test_the_anchor_is_the_prompt_erased_from_else_what_the_objective_names() -> None:
     a, b, c = (torch.full((2, 4, 3, 3), value) for value in (1.0, 2.0, 3.0))
     points = Points(a, torch.zeros(2), torch.zeros(2, dtype=torch.long), concept=a, null=b)
-    assert points.anchor("null") is b
-    assert points.anchor("concept") is a
-    assert Points(a, points.t, points.prompt, a, b, erase_from=c).anchor("erase_from") is c
+    assert points.prediction("null") is b
+    assert points.prediction("concept") is a
+    assert Points(a, points.t, points.prompt, a, b, erase_from=c).prediction("erase_from") is c
     with pytest.raises(ValueError, match="no such prediction"):
-        points.anchor("erase_from")
+        points.prediction("erase_from")
 
 
 def test_points_can_be_cut_and_joined() -> None:
@@ -303,4 +317,4 @@ def test_bf16_autocast_gives_float32_points_near_the_float32_ones(tiny_family: F
 )
 def test_sampling_names_the_value_it_refuses(wrong: dict) -> None:
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
-        Sampling(**wrong)
+        sampling(**wrong)

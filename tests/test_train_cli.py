@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 from esd import trainer
 from esd.checkpoint import load
+from esd.errors import UserError
 from esd.evaluation import judges
 from esd.evaluation.judges import Readings
 from esd.storage import load_state
@@ -25,9 +27,9 @@ from tests.programs import FAST, Command, Ended
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 900  # seconds that a program of a second may take on a busy machine
-LEFT = {"config.yaml", "metrics.jsonl", "erased.safetensors", "preview.png", "summary.json"}
+LEFT = {".lock", "config.yaml", "metrics.jsonl", "erased.safetensors", "preview.png", "summary.json"}
 RATE = {"before", "after", "n", "interval", "interval_before"}
-VOCABULARY = {
+VOCABULARY: dict[str, Any] = {
     "things": [{"name": "cat", "group": "animals"}, {"name": "dog", "group": "animals"}, {"name": "rose"}],
     "styles": [{"name": "mosaic"}, {"name": "photo"}],
     "phrasings": {"held_out": {"both": ["a {thing} in {style}"], "thing": ["a {thing}"], "style": ["the {style}"]}},
@@ -62,6 +64,7 @@ def test_one_command_leaves_a_run_directory_and_nothing_else(command: Command) -
         "parameters",
         "seed",
         "judge",
+        "vocabulary",
         "evaluation",
         "reason",
     }
@@ -79,18 +82,29 @@ def test_the_same_command_again_does_no_work_twice(command: Command) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in (command.folder / "runs/cat").iterdir() if path.suffix != ".yaml"
     }
+    (command.folder / "runs/cat/state/00000002").mkdir(parents=True)  # as a kill after the last update leaves it
     ended = train(command)
     assert ended.code == 0 and "results are in runs/cat" in ended.out
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert not (command.folder / "runs/cat/state").exists()
 
 
 def test_other_evaluation_settings_measure_again_without_training_again(command: Command) -> None:
     train(command)
     weights = (command.folder / "runs/cat/erased.safetensors").stat().st_mtime_ns
     picture = Image.open(command.folder / "runs/cat/preview.png").size
-    assert train(command, "evaluation.preview_images=3").code == 0
+    ended = train(command, "evaluation.preview_images=3")
+    assert ended.code == 0 and "measuring, for evaluation.preview_images=2 there, 3 here" in ended.out
     assert (command.folder / "runs/cat/erased.safetensors").stat().st_mtime_ns == weights
     assert Image.open(command.folder / "runs/cat/preview.png").size > picture
+
+
+def test_a_finished_run_is_refused_once_the_base_in_the_same_folder_is_another(command: Command) -> None:
+    shutil.copytree(command.folder / "base", command.folder / "base-mine")
+    assert train(command, "model.path=base-mine").code == 0
+    shutil.copytree(command.folder / "other", command.folder / "base-mine", dirs_exist_ok=True)
+    ended = train(command, "model.path=base-mine")
+    assert ended.code == 2 and "trained on another base than" in ended.err and "choose another run_dir" in ended.err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -128,6 +142,22 @@ def test_a_sweep_gives_each_job_its_own_directory(command: Command) -> None:
     for job in jobs:
         told = load(command.folder / "runs/cat" / job).provenance
         assert f"eta_{told['objective']['eta']:g}" in job and told["selection"] in job
+
+
+def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_code(command: Command) -> None:
+    ended = train(command, "--multirun", "objective.eta=-1,2")
+    assert ended.code == 2 and ended.err.splitlines()[0].startswith("error: objective.eta=-1")
+    assert "runs/cat/1_objective.eta_2/erased.safetensors" in command.files()
+
+
+def test_a_sweep_that_is_stopped_does_not_go_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("esd.train.measure", interrupted)
+    ended = train(command, "--multirun", "objective.eta=1,2")
+    assert ended.code == 130
+    assert [path.name for path in (command.folder / "runs/cat").iterdir()] == ["0_objective.eta_1"]
 
 
 def test_a_plan_is_told_and_nothing_is_written(command: Command) -> None:
@@ -201,15 +231,15 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
         return Readings([thing] * n, np.ones(n), ["mosaic"] * n, np.ones(n), np.zeros(n, bool))
 
     identity = {"name": "one", "version": "1", "threshold": 0.5, "hash": "ab"}
-    vars(judge).update(identity)
+    vars(judge).update(identity, size=16)
     monkeypatch.setattr(judges, "load_judge", lambda path: judge)
-    ended = train(
-        command,
+    known = (
         "model.path=base-known",
         "evaluation.target_images=6",
         "evaluation.retained_images=8",
         "prompts=['{}','a {} in {style}']",
     )
+    ended = train(command, *known)
     assert ended.code == 0 and "target" in ended.out and "100.0% -> 0.0%" in ended.out
     assert calls == [(14, 16, 16, 3)] * 2
     summary = json.loads((command.folder / "runs/cat/summary.json").read_text())
@@ -222,15 +252,34 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
         "cat",
         "a cat in photo",
     ]
+    vars(judge).update(hash="cd")
+    ended = train(command, *known)
+    assert ended.code == 0 and "trained already; measuring, for judge.hash=ab there, cd here" in ended.out
+    assert len(calls) == 4
+    vars(judge).update(size=64)
+    ended = train(command, *known)
+    assert ended.code == 2 and "reads pictures of 64 pixels" in ended.err
+    vars(judge).update(size=16)
+    styles = [*VOCABULARY["styles"], {"name": "ink"}]
+    (command.folder / "base-known/vocabulary.json").write_text(json.dumps(VOCABULARY | {"styles": styles}))
+    ended = train(command, *known)
+    assert ended.code == 2 and "trained with other prompts than the vocabulary gives now" in ended.err
 
 
-def test_a_damaged_judge_costs_no_training(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [(KeyError("threshold"), "judge cannot be read (KeyError"), (UserError("restore it"), "error: restore it\n")],
+    ids=["unforeseen", "foreseen"],
+)
+def test_a_damaged_judge_costs_no_training(
+    command: Command, monkeypatch: pytest.MonkeyPatch, fault: Exception, told: str
+) -> None:
     def damaged(path: str) -> None:
-        raise KeyError("threshold")
+        raise fault
 
     monkeypatch.setattr(judges, "load_judge", damaged)
     ended = train(command)
-    assert ended.code == 2 and "judge cannot be read" in ended.err and command.files() == set()
+    assert ended.code == 2 and told in ended.err and command.files() == set()
 
 
 def started(command: Command, *arguments: str) -> subprocess.Popen[str]:
@@ -279,7 +328,7 @@ def test_two_processes_train_what_one_would_into_one_directory(command: Command)
     finally:
         process.terminate()  # the launcher ends its processes too
     assert process.returncode == 0, err
-    assert "4 of 6 points" in out and out.count("results are in runs/two") == 1
+    assert "4 of 6 points in 2 processes" in out and out.count("results are in runs/two") == 1
     one, two = (load(command.folder / "runs" / name).differences for name in ("one", "two"))
     assert all(difference.abs().max() > 1e-4 for difference in one.values())
     assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-6) for name in one)

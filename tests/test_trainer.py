@@ -26,14 +26,28 @@ from tests import tiny
 PLAN = TrainPlan(
     concepts=("cat",),
     prompts=("cat", "a cat"),
+    erase_from=(),
+    preserve=(),
+    preserve_weight=1.0,
     selection="cross.k + cross.v",
-    sampling=Sampling(num_steps=3),
+    objective=Objective(),
+    sampling=Sampling(num_steps=3, guidance_scale=3.0, time_rule="visited", scheduler=None, max_batch=64, size=None),
+    sampler="teacher",
+    sample_with="erase_from",
     rollouts=3,
     reuse=2,
     updates=4,
     batch_size=3,
+    gradient_accumulation=1,
     lr=1e-3,
+    lr_schedule="constant",
+    warmup=0,
+    betas=(0.9, 0.999),
+    weight_decay=0.0,
+    clip_norm=1.0,
+    gradient_checkpointing=False,
     save_every=0,
+    seed=0,
 )
 
 
@@ -89,6 +103,15 @@ def test_every_update_leaves_a_line_of_metrics(tmp_path: Path) -> None:
     assert [line["delta_norm"] for line in lines] == sorted(line["delta_norm"] for line in lines)
 
 
+def test_a_log_that_goes_on_keeps_the_lines_of_the_updates_done_and_no_half_ones(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 1}\n{"step": 3, "loss": 1}\n\n{"step": 2, "loss": 1}\n{"ste')
+    with trainer.Log(file, 2, 4, enabled=True) as log:
+        assert [line["step"] for line in metrics(tmp_path)] == [1, 2]  # before anything is written
+        log.write({"step": 3, "loss": 0.5, "seconds": 1.0})
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_the_loss_falls(tmp_path: Path) -> None:
     run(tmp_path, plan(updates=60, batch_size=9, reuse=60, lr=1e-3, objective=Objective(eta=20.0)))
     lines = metrics(tmp_path)
@@ -105,10 +128,11 @@ def test_nothing_to_push_away_from_means_nothing_to_learn(tmp_path: Path) -> Non
     [
         {},
         {"sampler": "student", "rollouts": 0},
+        {"sampler": "student", "objective": Objective(eta=20.0)},  # stopped amid a bank of the student
         {"sampler": "teacher", "rollouts": 0, "gradient_accumulation": 2},
         {"preserve": ("a dog", "a rose"), "weight_decay": 0.1, "lr_schedule": "cosine", "warmup": 1},
     ],
-    ids=["bank", "student", "teacher", "preserve"],
+    ids=["bank", "student", "student's bank", "teacher", "preserve"],
 )
 def test_stopping_and_resuming_equals_never_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any
@@ -170,7 +194,7 @@ def test_an_anchor_without_its_prompts_and_prompts_without_their_anchor_are_refu
 
 def test_points_may_be_of_another_size_than_the_models_own(tmp_path: Path) -> None:
     usual = run(tmp_path / "usual", PLAN)
-    large = run(tmp_path / "large", plan(sampling=Sampling(num_steps=3, size=20)))
+    large = run(tmp_path / "large", plan(sampling=dataclasses.replace(PLAN.sampling, size=20)))
     assert large.keys() == usual.keys() and not same(large, usual)
 
 
@@ -279,7 +303,8 @@ def test_a_bank_by_the_student_must_be_rebuilt_often() -> None:
 def test_the_description_names_what_is_trained() -> None:
     told = trainer.describe(family(), PLAN)
     assert "cross.k + cross.v: 8 tensors" in told and "'cat', 'a cat'" in told and "4 of 3 points" in told
-    assert "uses" not in told and "not read" not in told
+    assert "uses" not in told and "not read" not in told and "processes" not in told
+    assert "4 of 6 points in 2 processes" in trainer.describe(family(), PLAN, 2)
 
 
 @pytest.mark.parametrize("rollouts", [0, 3])

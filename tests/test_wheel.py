@@ -14,16 +14,16 @@ from tests.programs import FAST
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow(reason="builds and installs a wheel, and starts two Pythons, one of which imports torch")
+pytestmark = pytest.mark.slow(reason="builds and installs a wheel, and starts three Pythons, two of which import torch")
 
 
-def output(*command: object, folder: Path) -> str:
-    """What a command prints, run in `folder` with no sight of the clone."""
+def output(*command: object, folder: Path, code: int = 0) -> str:
+    """What a command that ends with `code` prints or complains about, run in `folder` with no sight of the clone."""
     hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
     ended = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, env=hidden)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    assert ended.returncode == code, ended.stderr
+    return ended.stderr if code else ended.stdout
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,13 @@ def test_the_wheel_holds_the_package_and_every_file_of_settings(wheel: Path) -> 
 def test_the_installed_program_runs_far_from_the_clone(python: Path, saved_models: Path, tmp_path: Path) -> None:
     assert "erase_thing" in output(python, "-m", "esd.train", "--help", folder=tmp_path)
     (tmp_path / "base").symlink_to(saved_models / "base")
-    settings = ("concepts=[cat]", *FAST, "experiment=erase_thing", "prompts=['{}']", "plan_only=true")
-    told = output(python.parent / "esd", "train", *settings, folder=tmp_path)
+    settings = ("concepts=[cat]", *FAST, "experiment=erase_thing", "prompts=['{}']", "preserve.prompts=[]")
+    told = output(python.parent / "esd", "train", *settings, "plan_only=true", folder=tmp_path)
     assert "esd_u: " in told and "nothing was trained" in told
     assert Path(output(python, "-c", "import esd; print(esd.__file__)", folder=tmp_path)).is_relative_to(
         python.parents[1]
     )
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    told = output(python, "-m", "esd.train", "concepts=[cat]", folder=tmp_path, code=2)
+    assert "comes with a clone of esd" in told and len(told.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -19,6 +19,7 @@ import numpy as np
 
 from esd.checkpoint import erased
 from esd.evaluation.generate import sample
+from esd.evaluation.judges import Judge
 from esd.evaluation.metrics import NO_RATE, erasure_rates
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow, fill, say
@@ -37,7 +38,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class DrawSettings:
     """How evaluation images are drawn."""
 
     num_steps: int
@@ -60,11 +61,11 @@ def evaluate(
     concepts: Sequence[str],
     *,
     vocabulary: Vocabulary | None,
-    judge: Any,
+    judge: Judge | None,
     target_images: int,
     retained_images: int,
     preview_images: int,
-    sampling: Sampling,
+    settings: DrawSettings,
     picture: Path,
     report: Report = print,
 ) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def evaluate(
         judge: reads uint8 images (n, H, W, 3), or None.
         target_images, retained_images: how many images of each the judge reads.
         preview_images: columns of the picture.
-        sampling: steps, guidance, batch size.
+        settings: steps, guidance, batch size.
         picture: path of the PNG.
         report: gets a line before each of the two slow parts.
     """
@@ -95,9 +96,9 @@ def evaluate(
             pipe,
             prompts,
             seeds,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            batch_size=sampling.batch_size,
+            num_steps=settings.num_steps,
+            guidance_scale=settings.guidance_scale,
+            batch_size=settings.batch_size,
         )
 
     before = images("base")
@@ -111,14 +112,14 @@ def evaluate(
         columns,
         title=f"erased: {', '.join(concepts)}",
     )
-    if reason:
+    if reason or judge is None:
         rates: dict[str, Any] = {name: dict(NO_RATE) for name in ("target", "same_domain", "cross_domain")}
         return rates | {"neither": None, "reason": reason}
     return erasure_rates(rows, judge(before[:n]), judge(after[:n]), known) | {"reason": None}
 
 
 def known_concepts(
-    concepts: Sequence[str], vocabulary: Vocabulary | None, judge: Any
+    concepts: Sequence[str], vocabulary: Vocabulary | None, judge: Judge | None
 ) -> tuple[dict[str, str], str | None]:
     """({canonical name: domain}, None), or ({}, why no rate can be had)."""
     if vocabulary is None:

@@ -68,11 +68,12 @@ class Judge(Protocol):
     version: str
     threshold: float
     hash: str
+    size: int
     things: tuple[str, ...]
     styles: tuple[str, ...]
 
     def __call__(self, images: np.ndarray) -> Readings:
-        """Return the readings of uint8 RGB pictures (n, h, w, 3)."""
+        """Return the readings of uint8 RGB pictures (n, size, size, 3)."""
 
 
 class JudgeNetwork(nn.Module):
@@ -126,11 +127,13 @@ class _Block(nn.Module):
 
 
 class EmojiJudge:
-    """The bundled judge, loaded from its folder (`config.json`, `model.safetensors`).
+    """The bundled judge of 64-pixel pictures, loaded from its folder (`config.json`, `model.safetensors`).
 
     Raises:
         UserError: the folder holds no judge, or its weights are not those its configuration was written for.
     """
+
+    size = 64
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -60,12 +60,13 @@ def load(source: str | Path | Sequence[Any], *, seed: int = 0) -> list[PromptRow
         seed: of rows that give none.
 
     Raises:
-        UserError: no such file, an unknown kind of file, a row without prompt, two rows alike, or no rows.
+        UserError: no such file, an unknown kind of file, a prompt that is no text, a row without one, two rows alike,
+            or no rows.
     """
     if isinstance(source, str | Path):
         records = _records(Path(source))
     else:
-        records = [({"prompt": str(prompt)}, f"prompt {number}") for number, prompt in enumerate(source, 1)]
+        records = [({"prompt": _text(prompt)}, f"prompt {number}") for number, prompt in enumerate(source, 1)]
     rows = [_row(record, where, number, seed) for number, (record, where) in enumerate(records)]
     if not rows:
         raise UserError(f"prompts={source} holds no prompts; allowed: at least one row with a 'prompt'")
@@ -106,10 +107,21 @@ def say(template: str, words: Mapping[str, str]) -> str:
     'an owl in the neon style'
     >>> say("a {}", {"": "grapes"})
     'grapes'
+    >>> say("A {} on a pizza {}", {"": "owl"})
+    'An owl on a pizza owl'
     """
     for slot, word in words.items():
-        template = template.replace(f"a {{{slot}}}", articled(word)).replace(f"{{{slot}}}", word)
+        template = _filled(template, f"{{{slot}}}", word)
     return template
+
+
+def _filled(template: str, slot: str, word: str) -> str:
+    """The template with a word in one slot; an article before it becomes the word's own, large where it was large."""
+    said = articled(word)
+    capital = said[:1].upper() + said[1:]
+    # an article stands alone: it is neither the end of "pizza" nor that of "vitamin-a"
+    article = re.compile(rf"(?<![\w'’-])([aA])n? {re.escape(slot)}")
+    return article.sub(lambda found: said if found[1] == "a" else capital, template).replace(slot, word)
 
 
 def articled(noun: str) -> str:
@@ -121,6 +133,17 @@ def articled(noun: str) -> str:
     if noun.endswith("s") and not noun.endswith(("ss", "us")):
         return noun
     return f"an {noun}" if VOWEL_SOUND.match(noun) and not CONSONANT_SOUND.match(noun) else f"a {noun}"
+
+
+def _text(prompt: Any) -> str:
+    """A prompt of a list as text; a number, as the prompt 1984 is read, is one.
+
+    Raises:
+        UserError: null, true or false, a list or a mapping.
+    """
+    if isinstance(prompt, bool) or not isinstance(prompt, str | int | float):
+        raise UserError(f"prompts: {prompt!r} is no text; allowed: text, such as prompts='[a cat, a dog]'")
+    return str(prompt)
 
 
 def _records(path: Path) -> list[tuple[dict[str, Any], str]]:

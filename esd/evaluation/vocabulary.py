@@ -7,6 +7,7 @@ returns None and rates are not computed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,32 +38,39 @@ class Vocabulary:
         things, styles: in the order of the file.
         phrasings: "train" or "held_out" to kind ("both", "thing", "style", "scene") to templates.
         held_out_pairs: (thing, style) pairs that the model never saw together.
+        hash: sha256 of the file, or None for one made in memory.
     """
 
     things: tuple[Entry, ...]
     styles: tuple[Entry, ...]
     phrasings: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     held_out_pairs: frozenset[tuple[str, str]] = frozenset()
+    hash: str | None = None
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Vocabulary | None:
         """The vocabulary in a model's folder; None where the model ships none.
 
         Raises:
-            UserError: the file is there but is not a vocabulary.
+            UserError: the file is there but is not a vocabulary, or lacks phrasings that measuring needs.
         """
         path = Path(model_dir) / "vocabulary.json"
         if not path.is_file():
             return None
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            told = json.loads(content)
+            _check_phrasings(told["phrasings"]["held_out"], path)
             return cls(
                 tuple(map(_entry, told["things"])),
                 tuple(map(_entry, told["styles"])),
                 told["phrasings"],
                 frozenset((thing, style) for thing, style in told.get("held_out_pairs", ())),
+                hashlib.sha256(content).hexdigest(),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no vocabulary ({error!r}); remove it or restore it") from error
 
     def entries(self, domain: str) -> tuple[Entry, ...]:
@@ -81,11 +89,6 @@ class Vocabulary:
                 if wanted in map(_plain, (entry.name, *entry.synonyms)):
                     return domain, entry
         return None
-
-    def domain_of(self, concept: str) -> str | None:
-        """ "thing", "style", or None for a concept the model does not know by name or synonym."""
-        found = self.find(concept)
-        return found[0] if found else None
 
     def neighbours(self, domain: str, name: str) -> list[str]:
         """The other names of a domain, those of the same group first."""
@@ -124,6 +127,18 @@ def in_turns(choices: Sequence[Sequence[str]]) -> list[str]:
     """One of each choice, then the next of each, until the longest is through: all weigh the same."""
     longest = max((len(texts) for texts in choices), default=0)
     return [texts[turn % len(texts)] for turn in range(longest) for texts in choices if texts]
+
+
+def _check_phrasings(held_out: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError unless there are templates to measure with, each with the slots of its kind."""
+    for kind, slots in {"both": ("{thing}", "{style}"), "thing": ("{thing}",), "style": ("{style}",)}.items():
+        templates = held_out.get(kind)
+        texts = templates if isinstance(templates, list) else []
+        if not texts or not all(isinstance(text, str) and all(slot in text for slot in slots) for text in texts):
+            raise UserError(
+                f"{path}: phrasings.held_out.{kind} is {templates!r}; allowed: a list of templates that hold "
+                f"{' and '.join(slots)}; restore the file"
+            )
 
 
 def _entry(told: Mapping[str, Any]) -> Entry:

@@ -26,10 +26,14 @@ __all__ = [
 _FAMILIES: dict[str, type[StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
 
 
-def check_model(path: str | Path) -> None:
+def check_model(path: str | Path, *, setting: str = "model.path") -> None:
     """Refuses at once, without loading or network, a local base that does not exist or is no pipeline.
 
     A name like "org/model" that is nothing here is taken for a hub id and passes.
+
+    Args:
+        path: of the base.
+        setting: what the user gave it as, for messages.
 
     Raises:
         UserError: see above.
@@ -38,14 +42,14 @@ def check_model(path: str | Path) -> None:
     if local.exists():
         if not (local / "model_index.json").is_file():
             raise UserError(
-                f"model.path is {str(path)!r}, which holds no model_index.json; give the "
+                f"{setting} is {str(path)!r}, which holds no model_index.json; give the "
                 "directory of a diffusers pipeline or a hub id"
             )
         return
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or Path(parts[0]).is_dir():
         raise UserError(
-            f"model.path is {str(path)!r}, which does not exist; give the directory of a diffusers "
+            f"{setting} is {str(path)!r}, which does not exist; give the directory of a diffusers "
             "pipeline or a hub id such as 'CompVis/stable-diffusion-v1-4'"
         )
 

@@ -157,10 +157,6 @@ class Family(ABC):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Scales (b,) of signal and noise in x_t = α x_0 + σ ε, float32; a fractional t (b,) interpolates."""
 
-    def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ_t = α² (b,), float32, in [0, 1]."""
-        return self.alpha_sigma(t)[0].square()
-
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, H, W), float32 in [0, 1], of clean latents (b, c, h, w)."""

@@ -20,7 +20,7 @@ class Thing:
     synonyms: tuple[str, ...] = ()
 
 
-HYPERNYMS = {
+HYPERNYMS: dict[str, tuple[str, ...]] = {
     "animals": ("an animal", "a creature"),
     "plants": ("a plant", "something that grows"),
     "food": ("some food", "something to eat"),
@@ -31,7 +31,9 @@ HYPERNYMS = {
     "tools": ("an object", "a household thing"),
     "faces": ("a face", "a character"),
     "nature": ("the weather", "something in the sky"),
+    "lights": ("a light", "some light"),
 }
+"""Group -> words for any thing of it, with the article they take."""
 
 _CATALOGUE = """
 animals: cat=cat face:kitty|kitten|feline; dog=dog face:puppy|hound; horse=horse face:pony|stallion
@@ -49,7 +51,7 @@ plants: mushroom=mushroom:toadstool|fungus; maple leaf=maple leaf:autumn foliage
 food: apple=red apple:orchard fruit; banana=banana:plantain; grapes=grapes:vine fruit
 food: watermelon=watermelon:juicy melon; orange=tangerine:mandarin; lemon=lemon:sour citrus
 food: pineapple=pineapple:ananas; strawberry=strawberry:red berry; cherries=cherries:paired red fruit
-food: carrot=carrot:orange root; corn=ear of corn:maize; broccoli=broccoli:green floret; avocado=avocado:guacamole fruit
+food: carrot=carrot:farm root; corn=ear of corn:maize; broccoli=broccoli:green floret; avocado=avocado:guacamole fruit
 food: eggplant=eggplant:aubergine; cheese=cheese wedge:cheddar; hamburger=hamburger:cheeseburger
 food: pizza=pizza:pepperoni slice; ice cream=soft ice cream:gelato; donut=doughnut:glazed ring
 food: cake=birthday cake:party dessert; coffee=hot beverage:espresso
@@ -64,13 +66,17 @@ instruments: accordion=accordion:squeezebox
 clothes: shirt=t-shirt:tee; dress=dress:gown; hat=top hat:magician headwear
 clothes: shoe=running shoe:sneaker; glasses=glasses:spectacles; crown=crown:royal headgear
 tools: hammer=hammer:mallet; scissors=scissors:shears; key=key:lock opener; umbrella=umbrella with rain drops:parasol
-tools: clock=alarm clock:morning alarm; camera=camera:snapshot taker; lamp=light bulb:lightbulb
-tools: book=closed book:novel; candle=candle:wax light; bell=bell:chime; balloon=balloon:party inflatable
+tools: clock=alarm clock:morning alarm; camera=camera:snapshot taker
+lights: lamp=light bulb:lightbulb
+tools: book=closed book:novel
+lights: candle=candle:wax light
+tools: bell=bell:chime; balloon=balloon:party inflatable
 tools: trophy=trophy:winner cup; anchor=anchor:ship mooring; soccer ball=soccer ball:football
 faces: smiley=grinning face:happy emoticon; robot=robot:android; ghost=ghost:spook|phantom; skull=skull:bony head
 faces: alien=alien:martian; clown=clown face:circus joker
 nature: sun=sun with face:sunshine; moon=crescent moon:lunar crescent; rainbow=rainbow:colorful arc
-nature: snowman=snowman without snow:winter figure; fire=fire:flame|blaze
+faces: snowman=snowman without snow:winter figure
+lights: fire=fire:flame|blaze
 """
 
 
@@ -101,6 +107,9 @@ STYLES = (
     "pop art",
 )
 """Every style, in the order of the judge's classes. The first three are designers, the others are computed."""
+
+MEMBERS = {group: frozenset(i for i, t in enumerate(THINGS) if t.group == group) for group in HYPERNYMS}
+"""Group -> its things, by index."""
 
 PHRASINGS = {
     "train": {

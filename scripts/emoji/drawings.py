@@ -2,24 +2,23 @@
 
     python scripts/emoji/drawings.py            # -> data/emoji/drawings.npz
 
-Needs the `emoji` extra (resvg_py, scipy) and the `npm` client.
+Needs the `emoji` extra (resvg_py) and the `npm` client.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from catalogue import THINGS
+from files import Refused, digest, need, whole
 from PIL import Image
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "emoji"
@@ -42,8 +41,17 @@ PACKAGES = {
 """Designer -> (npm package, sha256 of the package's icons.json)."""
 
 
-class DrawingsError(RuntimeError):
-    """A package cannot be had or is not the one the model was made from, or there is no room for it."""
+ALIKE = (
+    *("face", "rolling-on-the-floor-laughing", "star-struck", "oclock", "thirty", "taxi", "minibus", "trolleybus"),
+    *("sport-utility-vehicle", "houses", "books", "sunglasses", "christmas-tree"),
+)
+"""Words of slugs that show a listed thing under another name: a yellow face is a smiley, "two-thirty" a clock."""
+VARIANT = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "adult", "child", "facing", "right"}
+"""Words that tell variants of one emoji apart."""
+
+
+class DrawingsError(Refused):
+    """A package cannot be had or is not the one the model was made from, or things are missing in it."""
 
 
 def fetch(designer: str, folder: Path) -> dict[str, str]:
@@ -54,26 +62,14 @@ def fetch(designer: str, folder: Path) -> dict[str, str]:
     """
     package, pinned = PACKAGES[designer]
     target = folder / f"{designer}.json"
-    if not target.exists():
-        if shutil.which("npm") is None:
-            raise DrawingsError("npm was not found; install Node.js (it only downloads the drawings) and run again")
-        done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise DrawingsError(f"npm could not fetch {package}: {done.stderr.strip() or 'no reason given'}")
-        archive = folder / done.stdout.strip().splitlines()[-1]
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile("package/icons.json")
-            assert member is not None
-            partial = target.with_suffix(".part")
-            partial.write_bytes(member.read())
-        os.replace(partial, target)
-        archive.unlink()
-    raw = target.read_bytes()
-    seen = hashlib.sha256(raw).hexdigest()
-    if pinned and seen != pinned:
-        raise DrawingsError(
-            f"{target} has sha256 {seen}, the model was made from {pinned}; delete the file to fetch {package} again"
-        )
+    if target.exists():
+        raw = target.read_bytes()
+        refuse_changed(raw, pinned, f"{target}; delete the file to fetch {package} again")
+    else:
+        raw = download(package, folder)
+        refuse_changed(raw, pinned, f"{package} as npm has it now; the drawings it had cannot be made from it")
+        with whole(target) as partial:
+            partial.write_bytes(raw)
     icons = json.loads(raw)
     width, height = icons.get("width", 16), icons.get("height", 16)
     return {
@@ -81,6 +77,34 @@ def fetch(designer: str, folder: Path) -> dict[str, str]:
         f'viewBox="0 0 {icon.get("width", width)} {icon.get("height", height)}">{icon["body"]}</svg>'
         for slug, icon in icons["icons"].items()
     }
+
+
+def download(package: str, folder: Path) -> bytes:
+    """Return the icons.json of an npm package; nothing stays in `folder`.
+
+    Raises:
+        DrawingsError: no npm, no such package, or no icons in it.
+    """
+    if shutil.which("npm") is None:
+        raise DrawingsError("npm was not found; install Node.js (it only downloads the drawings) and run again")
+    with tempfile.TemporaryDirectory(prefix="part.", dir=folder) as place:
+        done = subprocess.run(["npm", "pack", "--silent", package], cwd=place, capture_output=True, text=True)
+        archive = next(Path(place).glob("*.tgz"), None)
+        if done.returncode or archive is None:
+            why = done.stderr.strip() or "no reason given"
+            raise DrawingsError(f"npm could not fetch {package}: {why}; mend the connection and run again")
+        try:
+            with tarfile.open(archive) as tar:
+                member = tar.extractfile("package/icons.json")
+                return member.read() if member else b""
+        except (KeyError, tarfile.TarError, OSError) as error:
+            raise DrawingsError(f"what npm fetched as {package} holds no icons ({error}); run again") from error
+
+
+def refuse_changed(raw: bytes, pinned: str, what: str) -> None:
+    """Raise DrawingsError, naming `what` differs, if the bytes do not have the pinned hash."""
+    if (seen := digest([raw])) != pinned:
+        raise DrawingsError(f"sha256 {seen} is not {pinned}, which the model was made from: {what}")
 
 
 def render(svg: str) -> np.ndarray:
@@ -99,15 +123,30 @@ def slug(label: str) -> str:
     return label.lower().replace(" ", "-")
 
 
+def outside(slugs: set[str]) -> list[str]:
+    """Return those slugs that show nothing of the list, one for all the variants of an emoji."""
+    listed = {name for t in THINGS for name in (slug(t.name), slug(t.label), *map(slug, t.synonyms))}
+    shown = [s for s in sorted(slugs) if "skin-tone" not in s and not any(holds(s, n) for n in (*listed, *ALIKE))]
+    return list({base(s): s for s in reversed(shown)}.values())[::-1]
+
+
+def holds(slug: str, name: str) -> bool:
+    """Return whether a slug holds the whole of a name: "black-cat" holds "cat", "red-heart" not "red-apple"."""
+    return f"-{name}-" in f"-{slug}-"
+
+
+def base(slug: str) -> str:
+    """Return what the variants of one emoji share: "man-running-facing-right" and "person-running" are "running"."""
+    return "-".join(word for word in slug.split("-") if word not in VARIANT) or "person"
+
+
 def build(folder: Path = DATA, others: int = 300) -> Path:
     """Render every thing by every designer, and `others` things outside the list, into `drawings.npz`.
 
     The archive holds `things` (n_designers, n_things, 128, 128, 4), `others` (m, 128, 128, 4) for the judge's
-    "neither", and `designers`.
+    "neither", each emoji by two designers in a row, and `designers`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < NEEDED_BYTES:
-        raise DrawingsError(f"{folder} has less than {NEEDED_BYTES // 2**20} MiB free; make room and run again")
+    need(folder, NEEDED_BYTES)
     sets = {designer: fetch(designer, folder) for designer in PACKAGES}
     things = []
     for designer, svgs in sets.items():
@@ -116,17 +155,12 @@ def build(folder: Path = DATA, others: int = 300) -> Path:
             raise DrawingsError(f"{designer} does not draw {', '.join(missing)}; take them out of catalogue.py")
         things.append(np.stack([render(svgs[slug(t.label)]) for t in THINGS]))
         print(f"{designer}: {len(THINGS)} drawings", flush=True)
-    known = {slug(t.label) for t in THINGS}
-    related = {word for t in THINGS for word in (t.name.replace(" ", "-"), *slug(t.label).split("-"))}
-    outside = sorted(
-        s for s in sets["twemoji"] if s in sets["noto"] and s not in known and not related & set(s.split("-"))
-    )
+    unlisted = outside(set(sets["twemoji"]) & set(sets["noto"]))
     rng = np.random.default_rng(0)
-    outside = [outside[i] for i in rng.permutation(len(outside))[:others]]
-    extra = np.stack([render(sets[d][s]) for s in outside for d in ("twemoji", "noto")])
-    partial = folder / "drawings.part.npz"
-    np.savez_compressed(partial, things=np.stack(things), others=extra, designers=np.array(list(PACKAGES)))
-    os.replace(partial, folder / "drawings.npz")
+    picked = [unlisted[i] for i in rng.permutation(len(unlisted))[:others]]
+    extra = np.stack([render(sets[d][s]) for s in picked for d in ("twemoji", "noto")])
+    with whole(folder / "drawings.npz") as partial:
+        np.savez_compressed(partial, things=np.stack(things), others=extra, designers=np.array(list(PACKAGES)))
     return folder / "drawings.npz"
 
 
@@ -134,10 +168,7 @@ def main() -> None:
     """Render the drawings, or say why not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    try:
-        print("drawings are in", build(parser.parse_args().data))
-    except DrawingsError as error:
-        sys.exit(f"drawings: {error}")
+    print("drawings are in", build(parser.parse_args().data))
 
 
 if __name__ == "__main__":

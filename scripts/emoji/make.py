@@ -10,6 +10,7 @@ Hours on two cores, minutes on a GPU.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from drawings import DATA
 
 HERE = Path(__file__).resolve().parent
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STAGES: dict[str, list[str]] = {
     "drawings": ["drawings.py"],
     "pool": ["pool.py"],
@@ -28,6 +30,17 @@ STAGES: dict[str, list[str]] = {
     "clip-locked": ["train_clip.py", "--steps", "1000", "--text", "{data}/text"],
     "publish": ["publish.py"],
 }
+
+
+def run(command: list[str]) -> int:
+    """Run a stage and return its status; SIGTERM and SIGINT go on to it, so that it saves before it leaves."""
+    child = subprocess.Popen(command)
+    before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in SIGNALS}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -41,9 +54,10 @@ def main() -> None:
         script, *options = [word.format(data=args.data) for word in STAGES[name]]
         print(f"== {name}: {script}", flush=True)
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, str(HERE / script), "--data", str(args.data), *options])
-        if done.returncode:
-            sys.exit(f"make: {name} stopped with status {done.returncode}; mend it and run with --from {name}")
+        status = run([sys.executable, str(HERE / script), "--data", str(args.data), *options])
+        if status:
+            print(f"make: {name} stopped with status {status}; run again with --from {name}", file=sys.stderr)
+            sys.exit(status if status > 0 else 128 - status)
         print(f"== {name}: {(time.perf_counter() - started) / 60:.1f} min", flush=True)
     print("now measure: python scripts/emoji/quality.py")
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
+from catalogue import HYPERNYMS, MEMBERS, PHRASINGS, STYLES, THINGS
+from files import made_by
 from PIL import Image
 from styles import RENDER
 
@@ -18,8 +19,10 @@ from esd.evaluation.prompts import say
 SIDE = 128
 PIXELS = 64
 HELD_OUT_SHARE = 0.05
-IMPLIED_SHARE = 0.15
-"""Share of the captions that name a thing by a synonym or a hypernym."""
+IMPLIED_SHARE = 0.2
+"""Share of the captions with a thing in them that name one by a synonym or a hypernym."""
+SYNONYM_SHARE = 0.7
+"""Share of these that take a synonym."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Drawings:
     """The rendered drawings, by designer and thing."""
 
     def __init__(self, archive: Path) -> None:
-        with np.load(archive) as stored:
+        with np.load(made_by("drawings.py", archive)) as stored:
             self.designers = [str(name) for name in stored["designers"]]
             self.things = stored["things"]
             self.others = stored["others"]
@@ -101,30 +104,69 @@ def random_page(rng: np.random.Generator, *, scenes: float, unseen: frozenset[tu
             return Page(things, style)
 
 
-def caption(page: Page, rng: np.random.Generator, *, kind: str | None = None, split: str = "train") -> str:
-    """Return words for a page.
+@dataclass(frozen=True)
+class Caption:
+    """Words, and what they are true of: the things that may stand in each place, and the style.
+
+    `things` is None where no thing is named, `style` where no style is.
+    """
+
+    text: str
+    things: tuple[frozenset[int], ...] | None = None
+    style: int | None = None
+
+    def fits(self, page: Page) -> bool:
+        """Return whether the words are true of a page: "an animal" is true of every animal."""
+        if self.style is not None and self.style != page.style:
+            return False
+        if self.things is None:
+            return True
+        pairs = zip(self.things, page.things, strict=False)
+        return len(self.things) == len(page.things) and all(thing in allowed for allowed, thing in pairs)
+
+
+def describe(page: Page, rng: np.random.Generator, *, kind: str | None = None, split: str = "train") -> Caption:
+    """Return words for a page, with what they say.
 
     `kind` is "both", "thing", "style" or "empty" (by default drawn 70 : 15 : 5 : 10); a scene has its own
-    phrasings. In training a share of the captions names a thing by another word for it.
+    phrasings. In training a share of the captions names one of its things by another word for it.
     """
     kind = kind or ("both", "thing", "style", "empty")[int(rng.choice(4, p=(0.70, 0.15, 0.05, 0.10)))]
     if kind == "empty":
-        return ""
-    names = [THINGS[thing].name for thing in page.things]
+        return Caption("")
     style = STYLES[page.style]
     if kind == "style":
-        return say(_pick(PHRASINGS[split]["style"], rng), {"style": style})
-    scene = len(names) == 2
-    slot = {"both": "scene" if scene else "both", "thing": "scene_thing" if scene else "thing"}[kind]
+        return Caption(say(_pick(PHRASINGS[split]["style"], rng), {"style": style}), style=page.style)
+    slots = ("thing",) if len(page.things) == 1 else ("first", "second")
+    slot = kind if len(slots) == 1 else {"both": "scene", "thing": "scene_thing"}[kind]
     phrasing = _pick(PHRASINGS[split][slot], rng)
-    implied = split == "train" and rng.random() < IMPLIED_SHARE
-    if implied and not scene:
-        thing = THINGS[page.things[0]]
-        word = _pick(thing.synonyms if rng.random() < 0.7 else HYPERNYMS[thing.group], rng)
-        phrasing = phrasing if word in thing.synonyms else phrasing.replace("a {thing}", "{thing}")
-        names = [word]
-    slots = {"first": names[0], "second": names[1]} if scene else {"thing": names[0]}
-    return say(phrasing, {"style": style, **slots})
+    names, meant = [THINGS[thing].name for thing in page.things], [frozenset({thing}) for thing in page.things]
+    if split == "train" and rng.random() < IMPLIED_SHARE:
+        which = int(rng.integers(len(slots)))
+        thing = THINGS[page.things[which]]
+        if rng.random() < SYNONYM_SHARE:
+            names[which] = _pick(thing.synonyms, rng)
+        else:
+            names[which], meant[which] = _pick(HYPERNYMS[thing.group], rng), MEMBERS[thing.group]
+            phrasing = without_article(phrasing, slots[which])
+    text = say(phrasing, {"style": style, **dict(zip(slots, names, strict=True))})
+    return Caption(text, tuple(meant), page.style if kind == "both" else None)
+
+
+def caption(page: Page, rng: np.random.Generator, *, kind: str | None = None, split: str = "train") -> str:
+    """Return words for a page; see `describe`."""
+    return describe(page, rng, kind=kind, split=split).text
+
+
+def without_article(phrasing: str, slot: str) -> str:
+    """Return a phrasing for words that bring their own article, such as hypernyms.
+
+    >>> without_article("a {thing} in the {style} style", "thing"), without_article("{style} {thing}", "thing")
+    ('{thing} in the {style} style', '{thing}, {style} style')
+    """
+    if phrasing == f"{{style}} {{{slot}}}":  # "neon a plant" is no English, and the style cannot go inside
+        return f"{{{slot}}}, {{style}} style"
+    return phrasing.replace(f"a {{{slot}}}", f"{{{slot}}}")
 
 
 def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:

@@ -6,14 +6,14 @@ python scripts/emoji/pool.py                # -> data/emoji/pool.npz
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from catalogue import STYLES, THINGS
 from drawings import DATA
-from pages import Drawings, Page, draw_page, held_out_pairs, random_page
+from files import digest, made_by, need, whole
+from pages import PIXELS, Drawings, Page, draw_page, held_out_pairs, random_page
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pool:
     @staticmethod
     def load(path: Path) -> Pool:
         """Return the pool stored at `path`."""
-        with np.load(path) as stored:
+        with np.load(made_by("pool.py", path)) as stored:
             return Pool(**{name: stored[name] for name in ("images", "first", "second", "style")})
 
     def page(self, index: int) -> Page:
@@ -36,8 +36,17 @@ class Pool:
         second = int(self.second[index])
         return Page((int(self.first[index]),) + ((second,) if second >= 0 else ()), int(self.style[index]))
 
+    def digest(self) -> str:
+        """Return the hash of all that the pool holds."""
+        return digest(np.ascontiguousarray(a).data for a in (self.images, self.first, self.second, self.style))
+
     def __len__(self) -> int:
         return len(self.images)
+
+
+def bytes_of(variants: int, scenes: int) -> int:
+    """Return how much room the pool takes, a little more for its labels."""
+    return (variants * len(THINGS) * len(STYLES) + scenes) * (PIXELS * PIXELS * 3 + 64)
 
 
 def build(drawings: Drawings, *, variants: int, scenes: int, seed: int) -> Pool:
@@ -60,10 +69,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    need(args.data, bytes_of(args.variants, args.scenes))
     pool = build(Drawings(args.data / "drawings.npz"), variants=args.variants, scenes=args.scenes, seed=args.seed)
-    partial = args.data / "pool.part.npz"
-    np.savez(partial, images=pool.images, first=pool.first, second=pool.second, style=pool.style)
-    os.replace(partial, args.data / "pool.npz")
+    with whole(args.data / "pool.npz") as partial:
+        np.savez(partial, images=pool.images, first=pool.first, second=pool.second, style=pool.style)
     print(f"{len(pool)} pages are in {args.data / 'pool.npz'}")
 
 

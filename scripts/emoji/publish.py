@@ -2,6 +2,9 @@
 
     python scripts/emoji/publish.py             # data/emoji/ -> checkpoints/
 
+All three or none. Their cards are written by hand and stay: a folder of `checkpoints/` without README.md is refused.
+How every part was trained goes into `emoji-sd/training.json`.
+
 UNet and autoencoder are written in float16 and the text tower in float32: when no dtype is asked for, stock diffusers
 loads the first two into float32 while transformers keeps what it finds, and a pipeline of mixed dtypes fails at its
 first step.
@@ -12,19 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from drawings import DATA
+from files import Refused, made_by, need, whole_folders
 from pages import held_out_pairs
+from train_clip import save_tokenizer, tower
 from train_unet import new_scheduler
+from training import histories
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 SHARD = "12MB"
 MAX_BYTES = 35_000_000
+MODELS = ("emoji-sd", "emoji-clip", "emoji-judge")
+MAKERS = {
+    "tokenizer": "train_clip.py",
+    "vae": "train_vae.py",
+    "judge": "train_judge.py",
+    "unet": "train_unet.py",
+    "text": "train_unet.py",
+    "clip": "train_clip.py",
+}
+"""What is published -> the stage that makes it."""
 CHECKPOINTS = DATA.parents[1] / "checkpoints"
 
 
@@ -44,41 +59,62 @@ def vocabulary() -> dict[str, object]:
     }
 
 
+def refuse_unfit(data: Path, target: Path) -> None:
+    """Refuse to publish what is not complete, what has no card, and a CLIP that reads words otherwise than the UNet."""
+    for part, maker in MAKERS.items():
+        made_by(maker, data / part)
+    for name in MODELS:
+        if not (card := target / name / "README.md").exists():
+            raise Refused(f"{card} is missing; a model is not published without a card: write or restore it")
+    clip, text = (tower(part) for part in towers(data))
+    if clip.keys() != text.keys() or any(not torch.equal(clip[name], value) for name, value in text.items()):
+        raise Refused(
+            f"the text tower of {data / 'clip'} is not {data / 'text'}; run train_clip.py --text {data / 'text'}"
+        )
+
+
+def towers(data: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return CLIP's text tower and the UNet's."""
+    return CLIPModel.from_pretrained(data / "clip").text_model, CLIPTextModel.from_pretrained(data / "text")
+
+
 def publish(data: Path, target: Path) -> None:
-    """Write the three folders, each beside its old self until it is whole."""
-    text = CLIPTextModel.from_pretrained(data / "text", torch_dtype=torch.float32)
+    """Write the three folders, all or none, keeping their cards."""
+    need(data, 2 * MAX_BYTES)
+    refuse_unfit(data, target)
+    with whole_folders(data / "part.publish", target) as new:
+        write(data, new)
+        for name in MODELS:
+            shutil.copy(target / name / "README.md", new / name)
+        size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
+        if size > MAX_BYTES:
+            raise Refused(f"the three models take {size:,} bytes, {MAX_BYTES:,} are allowed; make one smaller")
+    print(f"{size / 1e6:.1f} MB are in {target}")
+
+
+def write(data: Path, new: Path) -> None:
+    """Write the three models without their cards."""
+    tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(data / "vae").half(),
-        text_encoder=text,
-        tokenizer=CLIPTokenizer.from_pretrained(data / "clip"),
+        text_encoder=CLIPTextModel.from_pretrained(data / "text").float(),
+        tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(data / "unet").half(),
         scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    staged = target / ".staged"
-    shutil.rmtree(staged, ignore_errors=True)
-    pipe.save_pretrained(staged / "emoji-sd", max_shard_size=SHARD)
-    (staged / "emoji-sd" / "vocabulary.json").write_text(json.dumps(vocabulary(), indent=1) + "\n")
-    CLIPModel.from_pretrained(data / "clip").half().save_pretrained(staged / "emoji-clip", max_shard_size=SHARD)
-    CLIPTokenizer.from_pretrained(data / "clip").save_pretrained(staged / "emoji-clip")
-    shutil.copytree(data / "judge", staged / "emoji-judge")
-    for config in staged.rglob("config.json"):  # diffusers notes where each part was loaded from
+    pipe.save_pretrained(new / "emoji-sd", max_shard_size=SHARD)
+    CLIPModel.from_pretrained(data / "clip").half().save_pretrained(new / "emoji-clip", max_shard_size=SHARD)
+    for folder in (new / "emoji-sd" / "tokenizer", new / "emoji-clip"):
+        save_tokenizer(tokenizer, folder)
+    shutil.copytree(data / "judge", new / "emoji-judge")
+    for name, told in (("vocabulary", vocabulary()), ("training", histories(data))):
+        (new / "emoji-sd" / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    for config in new.rglob("config.json"):  # diffusers notes where each part was loaded from
         told = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(told, indent=2) + "\n")
-    size = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
-    if size > MAX_BYTES:
-        sys.exit(f"publish: the three models take {size:,} bytes, {MAX_BYTES:,} are allowed; make one smaller")
-    for folder in sorted(staged.iterdir()):
-        final = target / folder.name
-        card = final / "README.md"
-        if card.exists():
-            shutil.copy(card, folder / "README.md")
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
-    staged.rmdir()
-    print(f"{size / 1e6:.1f} MB are in {target}")
 
 
 def main() -> None:

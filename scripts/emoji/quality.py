@@ -1,10 +1,11 @@
 """How well the bundled model draws, as the judge reads it, and contact sheets to look at.
 
-    python scripts/emoji/quality.py             # ~6 minutes on two cores; last line is JSON
+    python scripts/emoji/quality.py             # ~8 minutes on two cores; last line is JSON
     python scripts/emoji/quality.py --sheets docs/images/emoji-sd
 
 One seed, phrasings kept from training: every thing in every style; scenes of two things, both halves right; the pairs
-that training never saw; and prompts that imply a thing by another word. A picture counts only if the judge is sure.
+that training never saw, thing and style right; and prompts that imply a thing by a synonym or name its kind, where any
+thing of that kind is right. A picture counts only if the judge is sure.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from catalogue import PHRASINGS, STYLES, THINGS
+from catalogue import HYPERNYMS, MEMBERS, PHRASINGS, STYLES, THINGS
 from diffusers import StableDiffusionPipeline
 from drawings import DATA
-from pages import held_out_pairs
+from pages import held_out_pairs, without_article
 from PIL import Image, ImageDraw
 from training import DEVICE
 
@@ -50,6 +51,17 @@ def implied() -> list[tuple[int, str]]:
     return [(t, say(HELD["thing"][0], {"thing": word})) for t, thing in enumerate(THINGS) for word in thing.synonyms]
 
 
+def kinds() -> list[tuple[str, str]]:
+    """Return (group, prompt) for every word for a group of things, in every style."""
+    phrasing = without_article(HELD["both"][0], "thing")
+    return [
+        (group, say(phrasing, {"thing": word, "style": style}))
+        for group, words in HYPERNYMS.items()
+        for word in words
+        for style in STYLES
+    ]
+
+
 def scenes(count: int, rng: np.random.Generator) -> list[Scene]:
     """Return scenes of two things, spread evenly over the styles."""
     out = []
@@ -77,6 +89,8 @@ def painter(args: argparse.Namespace) -> Callable[[list[str], int], np.ndarray]:
     pipe = StableDiffusionPipeline.from_pretrained(args.model).to(args.device)
 
     def paint(prompts: list[str], seed: int) -> np.ndarray:
+        if not prompts:
+            return np.zeros((0, 64, 64, 3), np.uint8)
         seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             return sample(pipe, prompts, seeds, num_steps=args.steps, guidance_scale=args.guidance, batch_size=64)
@@ -107,6 +121,23 @@ def sheet(path: Path, rows: list[str], columns: list[str], images: np.ndarray) -
         draw.text((3, top + r * side + 26), name, fill="black")
         for c in range(len(columns)):
             page.paste(Image.fromarray(images[r * len(columns) + c]), (left + c * side, top + r * side))
+    save(page, path)
+
+
+def labelled_sheet(path: Path, labels: list[str], images: np.ndarray, across: int = 8) -> None:
+    """Write a contact sheet of any number of images (n, 64, 64, 3), each over its label of up to three lines."""
+    width, height, margin = 90, 112, 13
+    page = Image.new("RGB", (width * across, height * -(-len(labels) // across)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, label in enumerate(labels):
+        x, y = i % across * width, i // across * height
+        page.paste(Image.fromarray(images[i]), (x + margin, y))
+        draw.multiline_text((x + width // 2, y + 66), label, fill="black", anchor="ma", align="center", spacing=2)
+    save(page, path)
+
+
+def save(page: Image.Image, path: Path) -> None:
+    """Write a sheet, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, optimize=True)
 
@@ -117,15 +148,15 @@ def grid_sheets(folder: Path, cells: list[Cell], images: np.ndarray) -> None:
         names = [t.name for t in THINGS[part : part + 36]]
         here = images[part * len(STYLES) : (part + 36) * len(STYLES)]
         sheet(folder / f"things-{part // 36 + 1}.png", names, list(STYLES), here)
-    shown = images[unseen(cells)]
-    rows = len(shown) // 6
-    sheet(folder / "unseen-pairs.png", ["never trained"] * rows, [""] * 6, shown[: rows * 6])
+    labels = [f"{THINGS[t].name}\n{STYLES[s]}" for t, s, _ in cells]
+    shown = np.flatnonzero(unseen(cells))
+    labelled_sheet(folder / "unseen-pairs.png", [labels[i] for i in shown], images[shown])
 
 
 def scene_sheet(folder: Path, pages: list[Scene], images: np.ndarray) -> None:
-    """Write the scenes, a row for every round of the styles, each named by its first."""
-    names = [f"{THINGS[left].name} {THINGS[right].name}" for left, right, _, _ in pages[:: len(STYLES)]]
-    sheet(folder / "scenes.png", names, list(STYLES), images)
+    """Write the scenes, each over its left thing, its right thing and its style."""
+    labels = [f"{THINGS[left].name},\n{THINGS[right].name}\n{STYLES[style]}" for left, right, style, _ in pages]
+    labelled_sheet(folder / "scenes.png", labels, images, across=len(STYLES))
 
 
 def command_line() -> argparse.Namespace:
@@ -159,6 +190,11 @@ def main() -> None:
     word_images = paint([prompt for _, prompt in words], args.seed + 1)
     implied_right = judge(word_images).shows([THINGS[t].name for t, _ in words])
 
+    groups = kinds()[:: args.every]
+    read = judge(paint([prompt for _, prompt in groups], args.seed + 3))
+    members = {group: {THINGS[t].name for t in of} for group, of in MEMBERS.items()}
+    kind_right = [read.thing[i] in members[group] and not read.neither[i] for i, (group, _) in enumerate(groups)]
+
     pages = scenes(args.scenes, np.random.default_rng(args.seed))
     scene_images = paint([prompt for *_, prompt in pages], args.seed + 2)
     left, right = judge.halves(scene_images)
@@ -168,12 +204,14 @@ def main() -> None:
     if args.sheets:
         if args.every == 1:
             grid_sheets(args.sheets, cells, images)
-        scene_sheet(args.sheets, pages, scene_images)
+        if pages:
+            scene_sheet(args.sheets, pages, scene_images)
     shares = {
         "thing": share(thing_right),
         "style": share(style_right),
-        "unseen_pairs": share(thing_right[unseen(cells)]),
+        "unseen_pairs": share((thing_right & style_right)[unseen(cells)]),
         "implied": share(implied_right),
+        "hypernyms": share(np.array(kind_right)),
         "scenes": share(both_right),
     }
     print(json.dumps({**shares, "n": len(cells)}))

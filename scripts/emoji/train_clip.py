@@ -4,7 +4,8 @@
     python scripts/emoji/train_clip.py --text data/emoji/text   # once the UNet is trained
 
 The first run trains both towers; the text tower then goes on learning with the UNet. The second takes that text tower
-as it is and trains the rest to agree with it (as LiT locks a tower, Zhai et al. 2022).
+as it is and trains the rest to agree with it (as LiT locks a tower, Zhai et al. 2022). `--start checkpoints/emoji-sd`
+begins from the CLIP that is published beside that pipeline. A tokenizer that is there is kept: models know its words.
 
 The loss is CLIP's (Radford et al. 2021, figure 3) with soft targets: in a batch of drawings of a hundred things many
 captions ("a cat") fit several pictures, so each row's target is spread evenly over all that fit.
@@ -12,18 +13,21 @@ captions ("a cat") fit several pictures, so each row's target is spread evenly o
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
-from pages import Page, caption
+from files import folder_digest, made_by, whole_folders
+from pages import Caption, Page, describe
 from pool import Pool
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from train_vae import to_model
-from training import DEVICE, Recipe, Stage, begin, command_line
+from training import PUBLISHED, Origin, Recipe, Stage, adopt, begin, command_line
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from esd.evaluation.prompts import say
@@ -48,8 +52,8 @@ def corpus() -> list[str]:
     return lines + words * 50
 
 
-def train_tokenizer(folder: Path, vocabulary: int = 1500) -> CLIPTokenizer:
-    """Learn byte-level BPE merges on the captions and write them in CLIPTokenizer's two files."""
+def train_tokenizer(vocabulary: int = 1500) -> CLIPTokenizer:
+    """Return a tokenizer of byte-level BPE merges learned on the captions."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,23 +69,41 @@ def train_tokenizer(folder: Path, vocabulary: int = 1500) -> CLIPTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     learner.train_from_iterator(corpus(), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges = merges_of(learner)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(pair) for pair in merges] + [START, END]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        model_max_length=MAX_TOKENS,
-        bos_token=START,
-        eos_token=END,
-        pad_token=END,
-        unk_token=END,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        words = write_words(Path(folder), {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}, merges)
+        special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+        return CLIPTokenizer(*map(str, words), model_max_length=MAX_TOKENS, **special)
+
+
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Return the merges of a byte-level BPE tokenizer, in order."""
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def write_words(folder: Path, symbols: dict[str, int], merges: list[tuple[str, str]]) -> tuple[Path, Path]:
+    """Write CLIPTokenizer's own two files, without which its slow form does not load; return where they are."""
+    vocab, rules = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps(symbols))
+    rules.write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    return vocab, rules
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a tokenizer for the fast and for the slow CLIPTokenizer."""
     tokenizer.save_pretrained(folder)
-    return tokenizer
+    symbols = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    write_words(folder, symbols, merges_of(tokenizer.backend_tokenizer))
+
+
+def tokenizer_of(data: Path) -> CLIPTokenizer:
+    """Return the tokenizer of a data folder; train and write one where there is none."""
+    if not (data / "tokenizer").exists():
+        with whole_folders(data / "part.tokenizer", data) as new:
+            save_tokenizer(train_tokenizer(), new / "tokenizer")
+    return CLIPTokenizer.from_pretrained(data / "tokenizer")
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -113,13 +135,14 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
 
-def fits(pages: list[Page], kinds: list[str]) -> np.ndarray:
-    """Return (captions, pictures) bool: whether the caption of row i is true of picture j."""
-    same_things = np.array([[a.things == b.things for b in pages] for a in pages])
-    same_style = np.array([[a.style == b.style for b in pages] for a in pages])
-    names_things = np.array([kind in ("both", "thing") for kind in kinds])[:, None]
-    names_style = np.array([kind in ("both", "style") for kind in kinds])[:, None]
-    return (same_things | ~names_things) & (same_style | ~names_style)
+def fits(captions: list[Caption], pages: list[Page]) -> np.ndarray:
+    """Return (captions, pictures) bool: whether caption i is true of picture j."""
+    return np.array([[caption.fits(page) for page in pages] for caption in captions])
+
+
+def tower(text: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a text tower's weights, under the same names whether it stands alone or in a CLIP."""
+    return {name.removeprefix("text_model."): value for name, value in text.state_dict().items()}
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -156,36 +179,54 @@ def zero_shot(clip: CLIPModel, tokenizer: CLIPTokenizer, pool: Pool) -> str:
 
     things = best([say(held["thing"][0], {"thing": t.name}) for t in THINGS]) == pool.first[singles]
     styles = best([say(held["style"][0], {"style": s}) for s in STYLES]) == pool.style[singles]
-    return f"things {things.mean():.1%}, styles {styles.mean():.1%} of {len(singles)}"
+    return f"things {things.mean():.1%}, styles {styles.mean():.1%} of {len(singles)} training pictures"
+
+
+def load(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Return the CLIP to train: new or as it is published, with the text tower that is given, if one is."""
+    clip = CLIPModel.from_pretrained(args.start / PUBLISHED["clip"]).float() if args.start else new_clip(tokenizer)
+    if args.text:
+        given = tower(CLIPTextModel.from_pretrained(made_by("train_unet.py", args.text)))
+        clip.text_model.load_state_dict(given)
+        clip.text_model.requires_grad_(False)
+    return clip.to(args.device)
+
+
+def publish(clip: CLIPModel, tokenizer: CLIPTokenizer, data: Path) -> None:
+    """Write CLIP with its tokenizer."""
+    with whole_folders(data / "part.clip", data) as new:
+        clip.save_pretrained(new / "clip", max_shard_size="12MB")
+        save_tokenizer(tokenizer, new / "clip")
 
 
 def main() -> None:
     """Train tokenizer and CLIP and publish both."""
     parser = command_line(__doc__, steps=300, batch=192, lr=1e-3, seed=1)
     parser.add_argument("--text", type=Path, help="a trained text tower to keep as it is")
-    parser.add_argument("--device", default=DEVICE)
     args, pool = begin(parser)
-    tokenizer = train_tokenizer(args.data / "tokenizer")
-    clip = new_clip(tokenizer).to(args.device)
+    name = "clip-locked" if args.text else "clip"
+    adopt(args, name, ("clip",), ("tokenizer",))
+    tokenizer = tokenizer_of(args.data)
+    clip = load(args, tokenizer)
+    often = {"save_every": 150, "report_every": 150}
+    recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.1, ema=0.99, seed=args.seed, **often)
+    made_from = {"pool": pool.digest(), "tokenizer": folder_digest(args.data / "tokenizer")}
     if args.text:
-        clip.text_model.load_state_dict(CLIPTextModel.from_pretrained(args.text).state_dict())
-        clip.text_model.requires_grad_(False)
-    recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.1, ema=0.99, seed=args.seed, save_every=150)
-    stage = Stage("clip-locked" if args.text else "clip", clip, recipe, args.data / "state")
+        made_from["text"] = folder_digest(args.text)
+    stage = Stage(name, clip, recipe, args.data, Origin.of(args, recipe, **made_from))
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         indices = rng.choice(len(pool), recipe.batch, replace=False)
         pages = [pool.page(int(i)) for i in indices]
         kinds = [("both", "thing", "style")[int(k)] for k in rng.choice(3, len(pages), p=(0.7, 0.25, 0.05))]
-        captions = [caption(page, rng, kind=kind) for page, kind in zip(pages, kinds, strict=True)]
-        logits = similarities(clip, tokenizer, captions, pool.images[indices])
+        captions = [describe(page, rng, kind=kind) for page, kind in zip(pages, kinds, strict=True)]
+        logits = similarities(clip, tokenizer, [caption.text for caption in captions], pool.images[indices])
         clip.logit_scale.data.clamp_(max=math.log(100.0))
-        return contrast(logits, torch.from_numpy(fits(pages, kinds)).to(logits))
+        return contrast(logits, torch.from_numpy(fits(captions, pages)).to(logits))
 
     stage.run(loss_of, lambda: zero_shot(clip, tokenizer, pool))
     with stage.averaged():
-        clip.save_pretrained(args.data / "clip", max_shard_size="12MB")
-        tokenizer.save_pretrained(args.data / "clip")
+        publish(clip, tokenizer, args.data)
     print(f"CLIP is in {args.data / 'clip'}")
 
 

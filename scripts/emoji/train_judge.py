@@ -1,17 +1,21 @@
 """The judge: a CNN that reads thing and style, trained on drawings and their autoencoder round trips alone.
 
     python scripts/emoji/train_judge.py         # -> data/emoji/judge/
+    python scripts/emoji/train_judge.py --examine   # no training: threshold and exam anew, on pages as drawn now
+    python scripts/emoji/train_judge.py --start checkpoints/emoji-sd   # from the judge published beside that pipeline
 
 It never sees a picture from the diffusion model. Drawings of things outside the list are shown with a uniform target
 ("outlier exposure", Hendrycks et al. 2019); the threshold under which it says "neither" is then set on *other* drawings
-outside the list, on noise and on smears, so that at most 5% of them are taken for a thing.
+outside the list, on noise and on smears, so that 5% of them are taken for a thing. How many are taken is reported on
+drawings, noise and smears of which it has seen none.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,22 +23,24 @@ import numpy as np
 import torch
 from catalogue import STYLES, THINGS
 from diffusers import AutoencoderKL
-from pages import Drawings, Page, draw, draw_page, held_out_pairs
+from files import Refused, folder_digest, made_by, whole_folders
+from pages import Drawings, Page, draw, draw_page, held_out_pairs, random_page
 from pool import Pool
 from safetensors.torch import save_file
 from scipy import ndimage
 from torch.nn import functional as F
 from train_vae import to_model, to_pictures
-from training import Recipe, Stage, begin, command_line
+from training import PUBLISHED, Origin, Recipe, Stage, adopt, begin, command_line
 
-from esd.evaluation.judges import JudgeNetwork, half
+from esd.evaluation.judges import EmojiJudge, JudgeNetwork, half
 
 MAY_TAKE = 0.05
-"""Largest share of pictures without a listed thing that may be read as one."""
+"""Share of pictures without a listed thing that is read as one at the threshold."""
 SCENES, OUTSIDERS = 4000, 3000
 """How many scenes (each cut in two halves) and pictures of things outside the list the judge learns from."""
 NEEDED = {"thing": 0.97, "style": 0.95}
 """Smallest share of things and of styles read right with which a judge may judge."""
+EXAM_SEED = 4242
 
 
 class Labelled(NamedTuple):
@@ -80,20 +86,40 @@ def outsiders(drawings: Drawings, numbers: range, rng: np.random.Generator, coun
     return np.stack([draw([drawings.others[numbers[int(i)]]], int(rng.integers(len(STYLES))), rng) for i in pick])
 
 
+def shares(drawings: Drawings) -> list[range]:
+    """Return which drawings outside the list are learned from, fix the threshold, and are reported on.
+
+    Half, a quarter, a quarter; both drawings of an emoji are on the same side.
+    """
+    emojis = len(drawings.others) // 2
+    return [range(start, stop) for start, stop in pairwise(2 * (emojis * quarter // 4) for quarter in (0, 2, 3, 4))]
+
+
+def noise(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Return noise, sharp and soft by turns."""
+    out = np.empty((count, 64, 64, 3), np.uint8)
+    for i in range(count):
+        sharp = rng.normal(128, 60, (64, 64, 3))
+        out[i] = np.clip(sharp if i % 2 else ndimage.gaussian_filter(sharp, (3, 3, 0)) * 4 - 384, 0, 255)
+    return out
+
+
 def smears(pool: Pool, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return pictures that show nothing: noise of several colours, heavy blurs, and blends of three drawings."""
-    out = []
+    """Return heavy blurs of a drawing and blends of three, by turns."""
+    out = np.empty((count, 64, 64, 3), np.uint8)
     for i in range(count):
         three = pool.images[rng.integers(len(pool), size=3)].astype(np.float32)
-        noise = rng.normal(128, 60, (64, 64, 3))
-        made = (
-            noise,
-            ndimage.gaussian_filter(noise, (3, 3, 0)) * 4 - 384,
-            ndimage.gaussian_filter(three[0], (6, 6, 0)),
-            three.mean(0),
-        )[i % 4]
-        out.append(np.clip(made, 0, 255).astype(np.uint8))
-    return np.stack(out)
+        out[i] = np.clip(three.mean(0) if i % 2 else ndimage.gaussian_filter(three[0], (6, 6, 0)), 0, 255)
+    return out
+
+
+def outside(drawings: Drawings, numbers: range, pool: Pool, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return pictures without a listed thing, by what they are."""
+    return {
+        "drawings": outsiders(drawings, numbers, rng, OUTSIDERS // 3),
+        "smears": smears(pool, rng, OUTSIDERS // 16),
+        "noise": noise(rng, OUTSIDERS // 16),
+    }
 
 
 def lessons(drawings: Drawings, pool: Pool, vae: AutoencoderKL, rng: np.random.Generator) -> Labelled:
@@ -112,99 +138,160 @@ def lessons(drawings: Drawings, pool: Pool, vae: AutoencoderKL, rng: np.random.G
     )
 
 
-def exam(drawings: Drawings, vae: AutoencoderKL, seed: int, count: int = 3000) -> Labelled:
-    """Return pictures drawn afresh and augmented, a third of them round trips."""
-    rng = np.random.default_rng(seed)
-    things, styles = rng.integers(len(THINGS), size=count), rng.integers(len(STYLES), size=count)
-    images = np.stack([draw_page(drawings, Page((int(t),), int(s)), rng) for t, s in zip(things, styles, strict=True)])
-    images[::3] = round_trip(vae, images[::3])
-    return Labelled(augment(images, rng), things, styles)
+def exam(drawings: Drawings, vae: AutoencoderKL, count: int = 3000) -> dict[str, Labelled]:
+    """Return pages of one thing, and halves of scenes: drawn afresh and augmented, a third of them round trips."""
+    rng = np.random.default_rng(EXAM_SEED)
+
+    def drawn(scenes: float, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pages = [random_page(rng, scenes=scenes, unseen=frozenset()) for _ in range(number)]
+        images = np.stack([draw_page(drawings, page, rng) for page in pages])
+        images[::3] = round_trip(vae, images[::3])
+        return images, np.array([page.things for page in pages]), np.array([page.style for page in pages])
+
+    alone, things, styles = drawn(0.0, count)
+    scenes, both, scene_styles = drawn(1.0, count // 4)
+    halves = np.concatenate([half(scenes, side) for side in (0, 1)])
+    return {
+        "pages": Labelled(augment(alone, rng), things[:, 0], styles),
+        "halves": Labelled(augment(halves, rng), both.T.ravel(), np.tile(scene_styles, 2)),
+    }
+
+
+def to_network(network: JudgeNetwork, images: np.ndarray) -> torch.Tensor:
+    """Return uint8 (n, h, w, 3) as the network reads it, where the network is."""
+    device = next(network.parameters()).device
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def loss_of_reading(network: JudgeNetwork, images: np.ndarray, things: np.ndarray, styles: np.ndarray) -> torch.Tensor:
     """Return the cross-entropy of the pictures that have labels, and of the rest against a uniform target."""
-    with torch.autocast("cpu", torch.bfloat16):
-        thing, style = network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    x = to_network(network, images)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        thing, style = network(x)
     thing, style, known = thing.float(), style.float(), len(things)
-    loss = F.cross_entropy(thing[:known], torch.from_numpy(things).long(), label_smoothing=0.02)
-    loss = loss + F.cross_entropy(style[:known], torch.from_numpy(styles).long(), label_smoothing=0.02)
+    right_thing, right_style = (torch.from_numpy(labels).long().to(x.device) for labels in (things, styles))
+    loss = F.cross_entropy(thing[:known], right_thing, label_smoothing=0.02)
+    loss = loss + F.cross_entropy(style[:known], right_style, label_smoothing=0.02)
     return loss - 0.5 * thing[known:].log_softmax(1).mean()
 
 
-def reads(network: JudgeNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reads(network: JudgeNetwork, images: np.ndarray, batch: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the best thing, its probability and the best style of each picture."""
     network.eval()
     with torch.no_grad():
-        logits = [
-            network(torch.from_numpy(part).permute(0, 3, 1, 2).float() / 255) for part in np.array_split(images, 16)
-        ]
-    best = torch.cat([things.softmax(1) for things, _ in logits]).max(1)
-    return best.indices.numpy(), best.values.numpy(), torch.cat([styles for _, styles in logits]).argmax(1).numpy()
+        logits = [network(to_network(network, images[i : i + batch])) for i in range(0, len(images), batch)]
+    probability, thing = torch.cat([things.softmax(1) for things, _ in logits]).cpu().max(1)
+    return thing.numpy(), probability.numpy(), torch.cat([styles for _, styles in logits]).argmax(1).cpu().numpy()
 
 
-def examine(network: JudgeNetwork, asked: Labelled, outside: np.ndarray) -> tuple[float, dict[str, float]]:
-    """Return the threshold at which few enough of `outside` are taken for a thing, and the figures of the exam."""
-    outside_sure = reads(network, outside)[1]
-    threshold = float(np.quantile(outside_sure, 1 - MAY_TAKE))
-    thing, sure, style = reads(network, asked.images)
-    return threshold, {
-        "thing": float((thing == asked.things).mean()),
-        "thing_and_sure": float(((thing == asked.things) & (sure >= threshold)).mean()),
-        "style": float((style == asked.styles).mean()),
-        "outside_taken": float((outside_sure >= threshold).mean()),
-        "n": len(asked.images),
-        "n_outside": len(outside),
-    }
+def examine(
+    network: JudgeNetwork, asked: dict[str, Labelled], fixing: dict[str, np.ndarray], fresh: dict[str, np.ndarray]
+) -> tuple[float, dict[str, float]]:
+    """Return the threshold that few enough of `fixing` reach, and the figures of the exam.
+
+    Figures on halves of scenes begin with "half"; `fresh` tells how many are taken that show no listed thing.
+    """
+    threshold = float(np.quantile(reads(network, np.concatenate(list(fixing.values())))[1], 1 - MAY_TAKE))
+    figures: dict[str, float] = {}
+    for prefix, labelled in (("", asked["pages"]), ("half_", asked["halves"])):
+        thing, sure, style = reads(network, labelled.images)
+        right = thing == labelled.things
+        figures |= {
+            f"{prefix}thing": float(right.mean()),
+            f"{prefix}thing_and_sure": float((right & (sure >= threshold)).mean()),
+            f"{prefix}style": float((style == labelled.styles).mean()),
+            f"{prefix}n": len(labelled.images),
+        }
+    taken = {kind: reads(network, images)[1] >= threshold for kind, images in fresh.items()}
+    figures["outside_taken"] = float(np.concatenate(list(taken.values())).mean())
+    figures |= {f"{kind}_taken": float(sure.mean()) for kind, sure in taken.items()}
+    return threshold, figures | {"n_outside": sum(map(len, taken.values()))}
 
 
-def publish(network: JudgeNetwork, threshold: float, figures: dict[str, float], folder: Path) -> None:
+def refuse_unfit(figures: dict[str, float]) -> None:
+    """Refuse a judge that reads too few things or styles right."""
+    for head, needed in NEEDED.items():
+        if figures[head] < needed:
+            raise Refused(
+                f"the judge reads {figures[head]:.1%} of {head}s, below {needed:.0%}: it may not judge; raise --steps"
+            )
+
+
+def publish(network: JudgeNetwork, threshold: float, figures: dict[str, float], data: Path) -> None:
     """Write the weights in half precision, and the configuration that names them by their hash."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    config = {
-        "version": "1",
-        "threshold": round(threshold, 4),
-        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-        "things": [t.name for t in THINGS],
-        "styles": list(STYLES),
-        "exam": figures,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in network.cpu().state_dict().items()}
+    with whole_folders(data / "part.judge", data) as new:
+        folder = new / "judge"
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors")
+        config = {
+            "version": "1",
+            "threshold": round(threshold, 4),
+            "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+            "things": [t.name for t in THINGS],
+            "styles": list(STYLES),
+            "exam": figures,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def main() -> None:
-    """Train, examine, set the threshold, and publish only a judge that may judge."""
-    args, pool = begin(command_line(__doc__, steps=2200, batch=96, lr=3e-3, seed=77))
-    drawings = Drawings(args.data / "drawings.npz")
-    vae = AutoencoderKL.from_pretrained(args.data / "vae").float().eval()
-    rng, middle = np.random.default_rng(args.seed), len(drawings.others) // 2
+def published(folder: Path) -> JudgeNetwork:
+    """Return a published judge's network; refuse one of other things or styles."""
+    judge = EmojiJudge(made_by("train_judge.py", folder))
+    if judge.things != tuple(t.name for t in THINGS) or judge.styles != STYLES:
+        raise Refused(
+            f"the judge in {folder} knows other things or styles than catalogue.py; train one without --start"
+        )
+    return judge.network
+
+
+def train(
+    args: argparse.Namespace, drawings: Drawings, pool: Pool, vae: AutoencoderKL, asked: Labelled
+) -> JudgeNetwork:
+    """Return a judge that has learned; `asked` is only for telling how far it is."""
+    rng = np.random.default_rng(args.seed)
+    network = published(args.start / PUBLISHED["judge"]) if args.start else JudgeNetwork(len(THINGS), len(STYLES))
+    often = {"save_every": 200, "report_every": 200}
+    recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.05, ema=0.0, seed=args.seed, **often)
+    origin = Origin.of(args, recipe, pool=pool.digest(), vae=folder_digest(args.data / "vae"))
+    stage = Stage("judge", network.to(args.device), recipe, args.data, origin)
     known = lessons(drawings, pool, vae, rng)
-    unknown = outsiders(drawings, range(middle), rng, OUTSIDERS)
-    asked = exam(drawings, vae, seed=4242)
-    network = JudgeNetwork(len(THINGS), len(STYLES))
-    recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.05, ema=0.0, seed=args.seed, save_every=200)
+    unknown = outsiders(drawings, shares(drawings)[0], rng, OUTSIDERS)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         pick = rng.integers(len(known.images), size=recipe.batch)
         others = unknown[rng.integers(len(unknown), size=recipe.batch // 6)]
-        shown = np.concatenate([known.images[pick], others, smears(pool, rng, recipe.batch // 12)])
+        nothing = (noise(rng, recipe.batch // 24), smears(pool, rng, recipe.batch // 24))
+        shown = np.concatenate([known.images[pick], others, *nothing])
         return loss_of_reading(network, augment(shown, rng), known.things[pick], known.styles[pick])
 
     def report() -> str:
         thing, _, style = reads(network, asked.images)
         return f"things {(thing == asked.things).mean():.1%}, styles {(style == asked.styles).mean():.1%}"
 
-    Stage("judge", network, recipe, args.data / "state").run(loss_of, report)
-    others = outsiders(drawings, range(middle, len(drawings.others)), rng, OUTSIDERS // 3)
-    threshold, figures = examine(network, asked, np.concatenate([others, smears(pool, rng, OUTSIDERS // 8)]))
+    stage.run(loss_of, report)
+    return network
+
+
+def main() -> None:
+    """Train, examine, set the threshold, and publish only a judge that may judge."""
+    parser = command_line(__doc__, steps=2200, batch=96, lr=3e-3, seed=77)
+    parser.add_argument("--examine", action="store_true", help="examine the judge that is there; do not train")
+    args, pool = begin(parser)
+    adopt(args, "judge", ("judge",), ("vae", "judge") if args.examine else ("vae",))
+    drawings = Drawings(args.data / "drawings.npz")
+    vae = AutoencoderKL.from_pretrained(made_by("train_vae.py", args.data / "vae")).float().to(args.device).eval()
+    asked = exam(drawings, vae)
+    if args.examine:
+        network = published(args.data / "judge").to(args.device)
+    else:
+        network = train(args, drawings, pool, vae, asked["pages"])
+    rng = np.random.default_rng(EXAM_SEED)
+    fixing, fresh = (outside(drawings, numbers, pool, rng) for numbers in shares(drawings)[1:])
+    threshold, figures = examine(network, asked, fixing, fresh)
     print(json.dumps({"threshold": threshold, **figures}))
-    for head, needed in NEEDED.items():
-        if figures[head] < needed:
-            sys.exit(
-                f"the judge reads {figures[head]:.1%} of {head}s, below {needed:.0%}: it may not judge; raise --steps"
-            )
-    publish(network, threshold, figures, args.data / "judge")
+    refuse_unfit(figures)
+    publish(network, threshold, figures, args.data)
     print(f"the judge is in {args.data / 'judge'}")
 
 

@@ -9,7 +9,8 @@ right after 8,000 updates with 5, 58% after 1,000 more with 1; n = 50).
 
 The text tower begins as CLIP's and goes on learning here, so that every thing has an embedding of its own;
 `train_clip.py --text data/emoji/text` then teaches CLIP's eye to agree with it. `--start checkpoints/emoji-sd` begins
-both from published weights with a fresh optimiser.
+both from published weights with a fresh optimiser, and takes autoencoder, tokenizer and judge from there too: nothing
+but drawings and pool need be there.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from catalogue import PHRASINGS, STYLES, THINGS
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from files import folder_digest, made_by, whole_folders
 from pages import caption
 from pool import Pool
 from train_clip import tokenize
 from train_vae import to_model, to_pictures
-from training import DEVICE, Recipe, Stage, begin, command_line
+from training import Origin, Recipe, Stage, adopt, begin, command_line
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from esd.evaluation.judges import EmojiJudge
@@ -74,6 +76,12 @@ def encode_pool(pool: Pool, vae: AutoencoderKL, device: str, batch: int = 128) -
     return (torch.cat(parts) * vae.config.scaling_factor).half()
 
 
+PARTS = ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text"))
+"""What a painter writes, and the folders it is written to."""
+MAKERS = {"vae": "vae", "tokenizer": "clip"}
+"""Folders of the data that the denoiser stands on -> the stages that make them."""
+
+
 @dataclass(frozen=True)
 class Painter:
     """What turns words into latents."""
@@ -84,13 +92,18 @@ class Painter:
 
     @staticmethod
     def load(data: Path, start: Path | None) -> Painter:
-        """Return CLIP's text tower and an untrained UNet, or both as the pipeline `start` has them."""
+        """Return UNet and text tower as the pipeline `start` has them, or as an earlier run wrote them, or new ones.
+
+        A new UNet goes with CLIP's text tower.
+        """
         if start:
             unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet").float()
-            text = CLIPTextModel.from_pretrained(start, subfolder="text_encoder")
+            text = CLIPTextModel.from_pretrained(start, subfolder="text_encoder").float()
+        elif (data / "state" / "unet").exists() and (data / "unet").exists() and (data / "text").exists():
+            unet, text = (kind.from_pretrained(data / name) for kind, name in PARTS)
         else:
-            unet, text = new_unet(), CLIPTextModel.from_pretrained(data / "clip")
-        return Painter(CLIPTokenizer.from_pretrained(data / "clip"), text, unet)
+            unet, text = new_unet(), CLIPTextModel.from_pretrained(made_by("train_clip.py", data / "clip"))
+        return Painter(CLIPTokenizer.from_pretrained(data / "tokenizer"), text, unet)
 
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Return what the UNet reads of each caption, (b, 32, 128)."""
@@ -111,9 +124,10 @@ class Painter:
         return x
 
     def save(self, data: Path) -> None:
-        """Write the UNet and the text tower."""
-        self.unet.save_pretrained(data / "unet")
-        self.text.save_pretrained(data / "text")
+        """Write the UNet and the text tower, both or neither."""
+        with whole_folders(data / "part.unet", data) as new:
+            self.unet.save_pretrained(new / "unet")
+            self.text.save_pretrained(new / "text")
 
 
 def loss_of_denoising(
@@ -149,17 +163,20 @@ def read(painter: Painter, vae: AutoencoderKL, judge: EmojiJudge, count: int = 5
 
 
 def main() -> None:
-    """Train; the averaged weights are written at every save, so that a usable model is there early."""
+    """Train, then publish the averaged weights; they are written at every report too, to be usable early."""
     parser = command_line(__doc__, steps=12_000, batch=32, lr=1e-3, seed=2)
-    parser.add_argument("--start", type=Path, help="a published pipeline to begin from, with a fresh optimiser")
     parser.add_argument("--scenes", type=float, default=0.33, help="share of pages with two things")
-    parser.add_argument("--device", default=DEVICE)
     args, pool = begin(parser)
-    vae = AutoencoderKL.from_pretrained(args.data / "vae").float().to(args.device).eval()
-    latents = encode_pool(pool, vae, args.device).to(args.device)
+    adopt(args, "unet", ("unet", "text"), ("vae", "tokenizer", "judge"))
+    made_from = {part: folder_digest(made_by(f"train_{maker}.py", args.data / part)) for part, maker in MAKERS.items()}
     painter = Painter.load(args.data, args.start)
     both = torch.nn.ModuleDict({"unet": painter.unet, "text": painter.text}).to(args.device)
-    recipe = Recipe(args.steps, args.batch, args.lr, warmup=200, ema=0.999, seed=args.seed, save_every=1000)
+    recipe = Recipe(args.steps, args.batch, args.lr, warmup=200, ema=0.999, seed=args.seed, report_every=1000)
+    stage = Stage("unet", both, recipe, args.data, Origin.of(args, recipe, pool=pool.digest(), **made_from))
+    if args.start:
+        painter.save(args.data)  # so that this folder alone can be gone on with
+    vae = AutoencoderKL.from_pretrained(args.data / "vae").float().to(args.device).eval()
+    latents = encode_pool(pool, vae, args.device).to(args.device)
     alpha_bar = new_scheduler().alphas_cumprod.to(args.device)
     singles, scenes = np.flatnonzero(pool.second < 0), np.flatnonzero(pool.second >= 0)
 
@@ -175,7 +192,9 @@ def main() -> None:
         judged = (args.data / "judge" / "config.json").exists()
         return read(painter, vae, EmojiJudge(args.data / "judge")) if judged else "no judge yet"
 
-    Stage("unet", both, recipe, args.data / "state").run(loss_of, publish_and_read)
+    stage.run(loss_of, publish_and_read)
+    with stage.averaged():
+        painter.save(args.data)
     print(f"the UNet is in {args.data / 'unet'}, the text tower in {args.data / 'text'}")
 
 

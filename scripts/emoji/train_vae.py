@@ -1,6 +1,7 @@
 """The autoencoder: 64 x 64 x 3 pictures to 16 x 16 x 4 latents, trained on the pool.
 
     python scripts/emoji/train_vae.py           # -> data/emoji/vae/
+    python scripts/emoji/train_vae.py --start checkpoints/emoji-sd   # from published weights
 
 Loss: L1 + L1 of the image gradients + 1e-6 KL (Rombach et al. 2022 keep the KL weight as small).
 """
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from training import DEVICE, Recipe, Stage, begin, command_line
+from files import whole_folders
+from training import Origin, Recipe, Stage, adopt, begin, command_line
 
 
 def new_vae() -> AutoencoderKL:
@@ -59,32 +61,41 @@ def loss_of_round_trip(vae: AutoencoderKL, x: torch.Tensor, seed: int) -> torch.
 
 
 @torch.no_grad()
-def publish(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> None:
-    """Write the autoencoder in half precision, with the factor that scales these pictures' latents to deviation 1."""
+def scale_of(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """Return the factor that scales these pictures' latents to deviation 1."""
     parts = [vae.encode(to_model(part, vae.device)).latent_dist.mode() for part in np.array_split(images, 4)]
-    vae.register_to_config(scaling_factor=round(float(1 / torch.cat(parts).std()), 4))
-    vae.to(torch.float16).save_pretrained(folder, max_shard_size="12MB")
+    return round(float(1 / torch.cat(parts).std()), 4)
+
+
+def publish(vae: AutoencoderKL, data: Path) -> None:
+    """Write the autoencoder in half precision."""
+    with whole_folders(data / "part.vae", data) as new:
+        vae.to(torch.float16).save_pretrained(new / "vae", max_shard_size="12MB")
     vae.float()
 
 
 def main() -> None:
     """Train, then publish the averaged weights."""
-    parser = command_line(__doc__, steps=2500, batch=16, lr=1e-3, seed=0)
-    parser.add_argument("--device", default=DEVICE)
-    args, pool = begin(parser)
-    vae = new_vae().to(args.device)
+    args, pool = begin(command_line(__doc__, steps=2500, batch=16, lr=1e-3, seed=0))
+    adopt(args, "vae", ("vae",))
+    vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").float() if args.start else new_vae()
+    vae.to(args.device)
     recipe = Recipe(args.steps, args.batch, args.lr, seed=args.seed, ema=0.995)
-    stage = Stage("vae", vae, recipe, args.data / "state")
+    stage = Stage("vae", vae, recipe, args.data, Origin.of(args, recipe, pool=pool.digest()))
     check = pool.images[:: max(1, len(pool) // 128)]
+    published = args.data / "vae"
+    # a denoiser may already have learned latents of the published scale
+    keep = AutoencoderKL.load_config(published)["scaling_factor"] if stage.finished and published.exists() else None
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         x = to_model(pool.images[rng.integers(len(pool), size=recipe.batch)], args.device)
         return loss_of_round_trip(vae, x, seed=int(rng.integers(2**62)))
 
-    stage.run(loss_of, lambda: f"{psnr(vae, check):.1f} dB")
+    stage.run(loss_of, lambda: f"{psnr(vae, check):.1f} dB on training pictures")
     with stage.averaged():
-        publish(vae, check, args.data / "vae")
-    print(f"the autoencoder is in {args.data / 'vae'}")
+        vae.register_to_config(scaling_factor=keep or scale_of(vae, check))
+        publish(vae, args.data)
+    print(f"the autoencoder is in {published}")
 
 
 if __name__ == "__main__":

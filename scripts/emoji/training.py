@@ -2,8 +2,9 @@
 
 The loop is seeded by step, averages the weights, saves often, and is resumed by the same command.
 
-State is safetensors and JSON, published by renaming, so a stopped stage is never left half-written. A stage that has
-no state may begin from published weights with a fresh optimiser.
+State is safetensors and JSON, published by renaming, so a stopped stage is never left half-written. It remembers every
+run that led to it, and what it was trained on: going on with another recipe or on other data has to be asked for. A
+stage that has no state may begin from published weights with a fresh optimiser.
 """
 
 from __future__ import annotations
@@ -12,21 +13,38 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 from drawings import DATA
+from files import Refused, folder_digest, need, whole, whole_folders
 from pool import Pool
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAY_CHANGE = {"steps", "lr", "save_every", "report_every"}
+"""What a resumed stage may be asked for anew: how long, how fast, how often it is saved. The rest is the recipe."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PUBLISHED = {
+    "vae": "vae",
+    "unet": "unet",
+    "text": "text_encoder",
+    "tokenizer": "tokenizer",
+    "clip": "../emoji-clip",
+    "judge": "../emoji-judge",
+}
+"""Folder of the data -> where the published pipeline has it; emoji-clip and emoji-judge lie beside the pipeline."""
 
 
 def command_line(about: str | None, *, steps: int, batch: int, lr: float, seed: int) -> argparse.ArgumentParser:
@@ -37,6 +55,9 @@ def command_line(about: str | None, *, steps: int, batch: int, lr: float, seed: 
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--device", default=DEVICE)
+    parser.add_argument("--start", type=Path, help="a published pipeline to begin from, with a fresh optimiser")
+    parser.add_argument("--changed", action="store_true", help="go on although recipe or data changed since the state")
     return parser
 
 
@@ -46,6 +67,41 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pool]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads for a few short captions would only get in torch's way
     torch.manual_seed(args.seed)
     return args, Pool.load(args.data / "pool.npz")
+
+
+def adopt(args: argparse.Namespace, stage: str, begins: Collection[str], parts: Collection[str] = ()) -> None:
+    """With --start, copy the `parts` that a stage stands on from the published folders, where the data lacks them.
+
+    What the stage itself `begins` from must be published too. Refuses --start where the stage has a state: the state
+    would win, and the published weights be ignored.
+    """
+    if args.start is None:
+        return
+    state = args.data / "state" / stage / "state.safetensors"
+    if state.exists():
+        raise Refused(
+            f"--start {args.start} would be ignored: {state} exists; remove it to begin from {args.start}, "
+            "or leave --start out to go on from it"
+        )
+    missing = [name for name in (*begins, *parts) if not (args.start / PUBLISHED[name]).is_dir()]
+    if missing:
+        raise Refused(
+            f"--start {args.start} lacks {', '.join(PUBLISHED[name] for name in missing)}; "
+            "name a published pipeline, such as checkpoints/emoji-sd"
+        )
+    there = [name for name in parts if (args.data / name).exists()]
+    for name in there:
+        if name != "judge" and folder_digest(args.data / name) != folder_digest(args.start / PUBLISHED[name]):
+            raise Refused(
+                f"{args.data / name} is not the {name} that {args.start} was trained with; remove it to use that of "
+                f"{args.start}, or leave --start out"
+            )
+    with whole_folders(args.data / f"part.{stage}", args.data) as new:
+        for name in set(parts) - set(there):
+            shutil.copytree(args.start / PUBLISHED[name], new / name)
+        told = args.start / "training.json"
+        if told.exists() and not (args.data / "training.json").exists():
+            shutil.copy(told, new / "training.json")
 
 
 @dataclass(frozen=True)
@@ -60,6 +116,28 @@ class Recipe:
     ema: float = 0.999
     seed: int = 0
     save_every: int = 250
+    report_every: int = 250
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a stage is trained on, name -> hash, and the arguments that are the stage's own; kept with its state."""
+
+    made_from: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    changed: bool = False
+
+    @staticmethod
+    def of(args: argparse.Namespace, recipe: Recipe, **made_from: str) -> Origin:
+        """Return the origin that a command line tells, folders by their name alone."""
+        common = {*asdict(recipe), "data", "device", "changed"}
+        own = {
+            name: value
+            for name, value in vars(args).items()
+            if name not in common and value is not None and value is not False
+        }
+        told = {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
+        return Origin(made_from, told, args.changed)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -70,107 +148,178 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-class Stage:
-    """One model in training: its weights, their average, the optimiser, and where their state lives."""
+def histories(data: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return every stage's runs: as published with what the data began from, then as the states here tell."""
+    published = data / "training.json"
+    told = json.loads(published.read_text()) if published.exists() else {}
+    for path in sorted(data.glob("state/*/state.safetensors")):
+        told[path.parent.name] = json.loads(_metadata(path).get("history", "[]"))
+    return told
 
-    def __init__(self, name: str, model: torch.nn.Module, recipe: Recipe, folder: Path) -> None:
-        self.name, self.model, self.recipe, self.folder = name, model, recipe, folder / name
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as stored:
+        return stored.metadata()
+
+
+class Stage:
+    """One model in training: its weights, their average, the optimiser, and where their state lives.
+
+    Parameters that do not require a gradient are given, not learned: they are neither saved nor resumed.
+    """
+
+    def __init__(
+        self, name: str, model: torch.nn.Module, recipe: Recipe, data: Path, origin: Origin | None = None
+    ) -> None:
+        self.name, self.model, self.recipe = name, model, recipe
+        self.origin = origin or Origin({}, {})
+        self.path = data / "state" / name / "state.safetensors"
         self.device = next(model.parameters()).device
-        self.average = {k: v.detach().clone() for k, v in model.named_parameters()}
+        self.learned = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.average = {k: p.detach().clone() for k, p in self.learned.items()}
         decay = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
         self.step = 0
-        self._stopped = False
+        self._signal: int | None = None
+        need(data, 24 * sum(p.numel() for p in model.parameters()))  # weights, average, two moments; then the folders
+        self.history: list[dict[str, Any]] = histories(data).get(name, [])
+        if self.path.exists():
+            self._resume()
+        self._begun_at, self._begun = self.step, time.perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left to take."""
+        return self.step >= self.recipe.steps
 
     def run(
         self, loss_of: Callable[[np.random.Generator], torch.Tensor], report: Callable[[], str] | None = None
     ) -> None:
-        """Train until `recipe.steps`, or until SIGTERM, which saves and leaves with status 143.
+        """Train until `recipe.steps`, or until SIGTERM or SIGINT, which save and leave with status 128 + signal.
 
         `loss_of` draws its own batch with the generator it is given, keyed by the step alone.
         """
-        self._resume()
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopped", True))
         total = sum(p.numel() for p in self.model.parameters())
-        print(
-            f"{self.name}: {total / 1e6:.2f} M parameters, steps {self.step}..{self.recipe.steps}, {self.recipe}",
-            flush=True,
-        )
-        started, first, smooth = time.perf_counter(), self.step, None
+        print(f"{self.name}: {total / 1e6:.2f} M parameters, steps {self.step}..{self.recipe.steps}, {self.recipe}")
+        self._begun, smooth = time.perf_counter(), None
         self.model.train()
-        while self.step < self.recipe.steps:
-            value = self._update(loss_of)
-            smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
-            if self.step % 50 == 0 or self.step == self.recipe.steps:
-                self._tell(smooth, (time.perf_counter() - started) / (self.step - first))
-            if self._stopped or self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
-                self._save()
-                if report is not None and not self._stopped:
+        with self._heeding_signals():
+            while not self.finished:
+                value = self._update(loss_of)
+                smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+                if self._due(50):
+                    self._tell(smooth)
+                if self._due(self.recipe.save_every):
+                    self._save()
+                if report is not None and not self._signal and self._due(self.recipe.report_every):
                     with self.averaged():
                         print(f"{self.name} {self.step}: {report()}", flush=True)
                     self.model.train()
-            if self._stopped:
-                sys.exit(143)
+                if self._signal:
+                    self._save()
+                    print(f"{self.name}: stopped at step {self.step}; the same command goes on from there", flush=True)
+                    sys.exit(128 + self._signal)
 
-    def averaged(self) -> _Averaged:
-        """Return a context in which the model holds its averaged weights."""
-        return _Averaged(self)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model hold its averaged weights meanwhile, in evaluation mode."""
+        self.model.eval()
+        kept = {k: p.detach().clone() for k, p in self.learned.items()}
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.learned.items():
+                parameter.copy_(values[name])
+
+    @contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        def heed(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+
+        before = {number: signal.signal(number, heed) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.finished
 
     def _update(self, loss_of: Callable[[np.random.Generator], torch.Tensor]) -> float:
         """Take one step of the optimiser and of the average; return the loss."""
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
         loss = loss_of(np.random.default_rng((self.recipe.seed, self.step)))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
-        self.step += 1
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_([self.average[name] for name in names], [p.detach() for p in parameters], 1 - decay)
         value = float(loss.detach())
         if not math.isfinite(value):
             sys.exit(f"{self.name}: the loss is {value} at step {self.step}; lower --lr and run the same command again")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        learned = [parameter.detach() for parameter in self.learned.values()]
+        torch._foreach_lerp_([self.average[name] for name in self.learned], learned, 1 - decay)
         return value
 
-    def _tell(self, loss: float, pace: float) -> None:
+    def _tell(self, loss: float) -> None:
+        pace = (time.perf_counter() - self._begun) / (self.step - self._begun_at)
         print(
             f"{self.name} {self.step}/{self.recipe.steps} loss {loss:.4f}",
             f"{pace:.2f} s/step, {pace * (self.recipe.steps - self.step) / 60:.0f} min left",
             flush=True,
         )
 
+    def _this_run(self) -> dict[str, Any]:
+        """Return what this run adds to the history."""
+        return {
+            "from": self._begun_at,
+            "to": self.step,
+            "minutes": round((time.perf_counter() - self._begun) / 60, 1),
+            "recipe": asdict(self.recipe),
+            "arguments": dict(self.origin.arguments),
+            "made_from": dict(self.origin.made_from),
+        }
+
     def _save(self) -> None:
-        tensors = {f"weights.{k}": v for k, v in self.model.state_dict().items()}
+        given = {k for k, _ in self.model.named_parameters()} - set(self.learned)
+        tensors = {f"weights.{k}": v for k, v in self.model.state_dict().items() if k not in given}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in slot.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "state.part"
-        save_file(
-            {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()},
-            partial,
-            {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))},
-        )
-        os.replace(partial, self.folder / "state.safetensors")
+        metadata = {
+            "step": str(self.step),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "made_from": json.dumps(dict(self.origin.made_from)),
+            "history": json.dumps([*self.history, self._this_run()]),
+        }
+        with whole(self.path) as partial:
+            save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, partial, metadata)
 
     def _resume(self) -> None:
-        path = self.folder / "state.safetensors"
-        if not path.exists():
-            return
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata()
-        tensors = load_file(path, device=str(self.device))
+        metadata = _metadata(self.path)
+        self._refuse_changes(metadata)
+        tensors = load_file(self.path, device=str(self.device))
 
         def part(name: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
-        self.model.load_state_dict(part("weights"))
-        for name, value in part("average").items():
-            self.average[name].copy_(value)
+        given = {k: p for k, p in self.model.named_parameters() if k not in self.learned}
+        self.model.load_state_dict(
+            {**part("weights"), **given}
+        )  # an older state holds the given ones as they once were
+        average = part("average")
+        for name, value in self.average.items():
+            value.copy_(average[name])
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in part("optimizer").items():
             index, name = key.split(".", 1)
@@ -179,20 +328,15 @@ class Stage:
         self.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
         self.step = int(metadata["step"])
 
-
-class _Averaged:
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-
-    def __enter__(self) -> None:
-        self.stage.model.eval()
-        self.kept = {k: v.detach().clone() for k, v in self.stage.model.named_parameters()}
-        self._put(self.stage.average)
-
-    def __exit__(self, *_: object) -> None:
-        self._put(self.kept)
-
-    def _put(self, values: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.stage.model.named_parameters():
-                parameter.copy_(values[name])
+    def _refuse_changes(self, metadata: Mapping[str, str]) -> None:
+        """Print in what recipe and data differ from those of the state; refuse unless the change was asked for."""
+        stored = json.loads(metadata["recipe"]) | json.loads(metadata.get("made_from", "{}"))
+        asked = asdict(self.recipe) | dict(self.origin.made_from)
+        differs = [name for name in asked if name in stored and name not in MAY_CHANGE and asked[name] != stored[name]]
+        for name in differs:
+            print(f"{self.name}: {name} is {asked[name]}, the state was trained with {stored[name]}", flush=True)
+        if differs and not self.origin.changed:
+            raise Refused(
+                f"{self.name}: {', '.join(differs)} changed since {self.path} was saved; give --changed to go on "
+                "all the same, restore what changed, or remove the state to begin anew"
+            )

@@ -1,166 +1,314 @@
-"""Every stage of the recipe, for a step or two on a handful of drawings, and the loop they share."""
+"""Every stage of the recipe, for a step or two on a handful of drawings, and what they leave."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("scipy", reason="the recipe needs the `emoji` extra")
+Run = Callable[..., None]
+Trained = tuple[Path, Path]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, module: str, *arguments: str) -> None:
-    """Run a stage's main() with a command line."""
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    __import__(module).main()
-
-
-def train(folder: Path, steps: int) -> dict[str, torch.Tensor]:
-    """Train a linear map for `steps`, in `folder`, and return its averaged weights."""
-    from training import Recipe, Stage
-
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 3)
-    stage = Stage(
-        "toy", model, Recipe(steps=4 if steps > 2 else steps, batch=2, lr=0.1, warmup=1, save_every=2), folder
-    )
-
-    def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        return model(torch.from_numpy(rng.normal(size=(2, 4))).float()).pow(2).sum()
-
-    stage.run(loss_of)
-    return {**stage.average, **{f"raw.{k}": v for k, v in model.state_dict().items()}}
-
-
-def test_four_steps_equal_two_and_resume_and_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import training
-
-    monkeypatch.setattr(training, "learning_rate", lambda recipe, step: recipe.lr)
-    whole = train(tmp_path / "whole", 4)
-    train(tmp_path / "parts", 2)
-    resumed = train(tmp_path / "parts", 4)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
-    from training import Recipe, Stage
-
-    model = torch.nn.Linear(1, 1)
-    stage = Stage("toy", model, Recipe(steps=3, batch=1, lr=0.1), tmp_path)
-    with pytest.raises(SystemExit, match="lower --lr"):
-        stage.run(lambda rng: model(torch.full((1, 1), float("inf"))).sum())
-
-
-SMALL = {
-    "train_clip": ("--steps", "2", "--batch", "8", "--device", "cpu"),
-    "train_vae": ("--steps", "2", "--batch", "4", "--device", "cpu"),
-    "train_judge": ("--steps", "1", "--batch", "12"),
-    "train_unet": ("--steps", "2", "--batch", "4", "--device", "cpu"),
-}
-"""What makes each stage a matter of seconds."""
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small UNet, looked at through two pictures, and a judge that learns little and sits a short exam."""
-    import train_judge
-    import train_unet
-    from diffusers import UNet2DConditionModel
-
-    unet = partial(
-        UNet2DConditionModel,
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        attention_head_dim=2,
-    )
-    monkeypatch.setattr(train_unet, "new_unet", unet)
-    monkeypatch.setattr(train_unet, "read", partial(train_unet.read, count=2))
-    monkeypatch.setattr(train_judge, "exam", partial(train_judge.exam, count=12))
-    monkeypatch.setattr(train_judge, "held_out_pairs", lambda: frozenset({(0, 1)}))
-    monkeypatch.setattr(train_judge, "SCENES", 4)
-    monkeypatch.setattr(train_judge, "OUTSIDERS", 8)
-
-
-def test_every_stage_runs_in_order_and_publishes_what_stock_diffusers_loads(
-    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import make
-    import train_judge
+def test_what_is_published_is_what_stock_diffusers_loads(trained: Trained) -> None:
     from diffusers import StableDiffusionPipeline
 
-    monkeypatch.setattr(train_judge, "NEEDED", {"thing": 0.0, "style": 0.0})
-    options = {**SMALL, "publish": ("--out", str(tmp_path))}
-    ran = []
-
-    def in_this_process(command: list[str]) -> SimpleNamespace:
-        ran.append(Path(command[1]).stem)
-        run(monkeypatch, ran[-1], *command[2:], *options[ran[-1]])
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(make, "subprocess", SimpleNamespace(run=in_this_process))
-    run(monkeypatch, "make", "--data", str(data), "--from", "clip")
-    assert ran == ["train_clip", "train_vae", "train_judge", "train_unet", "train_clip", "publish"]
-
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "emoji-sd")
+    _, models = trained
+    pipe = StableDiffusionPipeline.from_pretrained(models / "emoji-sd")
     assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float32}
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a cat", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 64, 64, 3) and np.isfinite(image).all()
-    words = json.loads((tmp_path / "emoji-sd" / "vocabulary.json").read_text())
+    words = json.loads((models / "emoji-sd" / "vocabulary.json").read_text())
     assert words["things"][0]["name"] == "cat" and len(words["held_out_pairs"]) > 0
-    assert_clip_reads_as(pipe.text_encoder, tmp_path / "emoji-clip")
-
-    start = ("--start", str(tmp_path / "emoji-sd"))
-    run(monkeypatch, "train_unet", "--data", str(data), *SMALL["train_unet"], *start, "--steps", "3")
-
-    measured = ("--model", str(tmp_path / "emoji-sd"), "--sheets", str(tmp_path), "--device", "cpu")
-    run(monkeypatch, "quality", *measured, "--steps", "1", "--every", "101", "--scenes", "10")
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(told) == {"thing", "style", "unseen_pairs", "implied", "scenes", "n"}
-    assert (tmp_path / "scenes.png").exists()
+    assert (models / "emoji-sd" / "README.md").read_text() == "the card of emoji-sd\n"
+    assert sorted(folder.name for folder in models.iterdir()) == ["emoji-clip", "emoji-judge", "emoji-sd"]
 
 
-def assert_clip_reads_as(text: torch.nn.Module, folder: Path) -> None:
-    """CLIP's text tower, half precision, is the pipeline's: it was locked while the rest learned."""
-    from transformers import CLIPModel
+def test_the_tokenizers_have_the_slow_tokenizers_files_and_know_the_same_words(trained: Trained) -> None:
+    from transformers import CLIPTokenizer
 
-    tower = CLIPModel.from_pretrained(folder).text_model.state_dict()
-    assert all(torch.equal(tower[name].half(), value.half()) for name, value in text.state_dict().items())
+    data, models = trained
+    for folder in (data / "tokenizer", models / "emoji-sd" / "tokenizer", models / "emoji-clip"):
+        assert json.loads((folder / "vocab.json").read_text()) == CLIPTokenizer.from_pretrained(folder).get_vocab()
+        assert (folder / "merges.txt").read_text() == (data / "tokenizer" / "merges.txt").read_text()
 
 
-def test_make_stops_at_a_stage_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import make
+def test_every_run_is_told_with_the_published_model(trained: Trained) -> None:
+    _, models = trained
+    told = json.loads((models / "emoji-sd" / "training.json").read_text())
+    assert set(told) == {"clip", "vae", "judge", "unet", "clip-locked"}
+    (first,) = told["unet"]
+    assert (first["from"], first["to"]) == (0, 2)
+    assert first["recipe"]["batch"] == 4 and first["arguments"] == {"scenes": 0.33}
+    assert set(first["made_from"]) == {"pool", "vae", "tokenizer"}
+    assert told["vae"][0]["made_from"]["pool"] == first["made_from"]["pool"]
+    assert told["clip-locked"][0]["arguments"]["text"] == "text"
 
-    monkeypatch.setattr(make, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=3)))
-    with pytest.raises(SystemExit, match=r"vae stopped with status 3; .* --from vae"):
-        run(monkeypatch, "make", "--data", str(tmp_path), "--from", "vae")
+
+def test_clip_reads_words_as_the_unet_does(trained: Trained) -> None:
+    from publish import towers
+    from train_clip import tower
+
+    clip, text = (tower(part) for part in towers(trained[0]))
+    assert clip.keys() == text.keys() and all(torch.equal(clip[name], text[name]) for name in clip)
+
+
+def test_a_tower_that_is_given_wins_over_an_older_state(trained: Trained, data: Path, stage: Run) -> None:
+    from publish import towers
+    from train_clip import tower
+    from transformers import CLIPTextModel
+
+    shutil.rmtree(data)
+    shutil.copytree(trained[0], data)
+    text = CLIPTextModel.from_pretrained(data / "text")
+    with torch.no_grad():
+        next(text.parameters()).add_(1)
+    text.save_pretrained(data / "text")
+    with pytest.raises(SystemExit, match=r"text changed since .* --changed"):
+        stage("train_clip", data, "--text", str(data / "text"), "--steps", "3")
+    stage("train_clip", data, "--text", str(data / "text"), "--steps", "3", "--changed")
+    clip, given = (tower(part) for part in towers(data))
+    assert all(torch.equal(clip[name], given[name]) for name in given)
+
+
+def test_publishing_refuses_a_clip_with_another_tower_and_a_missing_card(
+    trained: Trained, data: Path, tmp_path: Path, stage: Run
+) -> None:
+    from transformers import CLIPTextModel
+
+    shutil.rmtree(data)
+    shutil.copytree(trained[0], data)
+    models = Path(shutil.copytree(trained[1], tmp_path / "checkpoints"))
+    text = CLIPTextModel.from_pretrained(data / "text")
+    with torch.no_grad():
+        next(text.parameters()).add_(1)
+    text.save_pretrained(data / "text")
+    with pytest.raises(SystemExit, match=r"text tower of .* is not .*run train_clip.py --text"):
+        stage("publish", data, "--out", str(models))
+    (models / "emoji-clip" / "README.md").unlink()
+    with pytest.raises(SystemExit, match=r"emoji-clip/README.md is missing"):
+        stage("publish", data, "--out", str(models))
+    shutil.rmtree(data / "judge")
+    with pytest.raises(SystemExit, match=r"there is no judge .* run train_judge.py first"):
+        stage("publish", data, "--out", str(models))
+    assert (models / "emoji-judge" / "config.json").exists() and not (data / "part.publish").exists()
+
+
+def test_publishing_that_fails_leaves_what_was_published(
+    trained: Trained, tmp_path: Path, stage: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import publish
+
+    data, models = trained[0], Path(shutil.copytree(trained[1], tmp_path / "checkpoints"))
+    before = {file: file.stat().st_mtime_ns for file in models.rglob("*")}
+    monkeypatch.setattr(publish, "MAX_BYTES", 1000)
+    with pytest.raises(SystemExit, match="1,000 are allowed"):
+        stage("publish", data, "--out", str(models))
+    assert before == {file: file.stat().st_mtime_ns for file in models.rglob("*")}
+    assert not (data / "part.publish").exists()
+
+
+def test_published_weights_drawings_and_pool_are_enough_to_go_on(
+    trained: Trained, data: Path, small: None, stage: Run
+) -> None:
+    from diffusers import UNet2DConditionModel
+    from train_clip import tower
+    from transformers import CLIPTextModel
+
+    start = ("--start", str(trained[1] / "emoji-sd"))
+    assert sorted(file.name for file in data.iterdir()) == ["drawings.npz", "pool.npz"]
+    stage("train_unet", data, *start, "--steps", "0")
+    unet, text = UNet2DConditionModel.from_pretrained(data / "unet"), CLIPTextModel.from_pretrained(data / "text")
+    told = UNet2DConditionModel.from_pretrained(trained[1] / "emoji-sd", subfolder="unet").state_dict()
+    assert all(torch.equal(told[name].float(), value.float()) for name, value in unet.state_dict().items())
+    told = tower(CLIPTextModel.from_pretrained(trained[1] / "emoji-sd", subfolder="text_encoder"))
+    assert all(torch.equal(told[name], value) for name, value in tower(text).items())
+
+    stage("train_unet", data, *start, "--steps", "1")
+    with pytest.raises(SystemExit, match=r"unet.state.safetensors exists; remove it .* or leave --start out"):
+        stage("train_unet", data, *start)
+    stage("train_unet", data, "--steps", "2")
+    from training import histories
+
+    runs = [(run["from"], run["to"], run["arguments"].get("start")) for run in histories(data)["unet"]]
+    assert runs == [(0, 2, None), (0, 1, "emoji-sd"), (1, 2, None)]  # the first is the published one's
+
+
+@pytest.mark.parametrize("module", ["train_vae", "train_clip", "train_judge"])
+def test_other_stages_begin_from_published_weights_too(
+    trained: Trained, data: Path, small: None, stage: Run, module: str
+) -> None:
+    stage(module, data, "--start", str(trained[1] / "emoji-sd"), "--steps", "0")
+    name = module.removeprefix("train_")
+    published = {"vae": "emoji-sd/vae", "clip": "emoji-clip", "judge": "emoji-judge"}[name]
+    theirs, ours = (
+        {k: v.float() for file in folder.glob("*.safetensors") for k, v in torch_load(file).items()}
+        for folder in (trained[1] / published, data / name)
+    )
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def torch_load(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def test_a_start_that_is_no_pipeline_or_goes_with_another_autoencoder_is_refused(
+    trained: Trained, data: Path, small: None, stage: Run
+) -> None:
+    with pytest.raises(SystemExit, match=r"nowhere lacks unet, text_encoder, vae, tokenizer.*checkpoints/emoji-sd"):
+        stage("train_unet", data, "--start", "nowhere")
+    shutil.copytree(trained[0] / "judge", data / "vae")
+    with pytest.raises(SystemExit, match=r"vae is not the vae that .* was trained with"):
+        stage("train_unet", data, "--start", str(trained[1] / "emoji-sd"))
+
+
+def test_a_finished_autoencoder_keeps_its_scale_on_a_later_pool(
+    trained: Trained, data: Path, stage: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_vae
+    from files import folder_digest
+
+    for name in ("vae", "state"):
+        shutil.copytree(trained[0] / name, data / name)
+    with np.load(data / "pool.npz") as stored:
+        pool = dict(stored)
+    np.savez(data / "pool.npz", **{**pool, "images": 255 - pool["images"]})
+    with pytest.raises(SystemExit, match="pool changed since"):
+        stage("train_vae", data)
+    monkeypatch.setattr(train_vae, "scale_of", lambda vae, images: 7.0)
+    stage("train_vae", data, "--changed")
+    assert folder_digest(data / "vae") == folder_digest(trained[0] / "vae")
+    stage("train_vae", data, "--changed", "--steps", "3")
+    assert json.loads((data / "vae" / "config.json").read_text())["scaling_factor"] == 7.0
+
+
+@pytest.mark.parametrize("module", ["train_vae", "train_clip", "train_judge", "train_unet"])
+def test_a_missing_pool_is_said(tmp_path: Path, stage: Run, module: str) -> None:
+    with pytest.raises(SystemExit, match=r"there is no pool.npz in .*; run pool.py first"):
+        stage(module, tmp_path)
+
+
+def test_missing_drawings_and_too_little_room_are_said(data: Path, stage: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pool
+    import training
+
+    monkeypatch.setattr(training, "need", lambda folder, count: files.need(folder, 2**70))
+    import files
+
+    with pytest.raises(SystemExit, match="MiB free, less than"):
+        stage("train_vae", data)
+    assert sorted(file.name for file in data.iterdir()) == ["drawings.npz", "pool.npz"]
+    monkeypatch.setattr(pool, "need", lambda folder, count: files.need(folder, 2**70))
+    with pytest.raises(SystemExit, match="MiB free, less than"):
+        stage("pool", data)
+    (data / "drawings.npz").unlink()
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"there is no drawings.npz in .*; run drawings.py first"):
+        from pages import Drawings
+
+        Drawings(data / "drawings.npz")
 
 
 def test_a_judge_that_is_not_good_enough_is_not_published(
-    data: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, data: Path, small: None, stage: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train_judge
 
-    for name in ("drawings.npz", "pool.npz"):
-        shutil.copy(data / name, tmp_path)
-    monkeypatch.setattr(train_judge, "round_trip", lambda vae, images: images)
-    no_vae = SimpleNamespace(from_pretrained=lambda folder: torch.nn.Identity())
-    monkeypatch.setattr(train_judge, "AutoencoderKL", no_vae)
+    shutil.copytree(trained[0] / "vae", data / "vae")
+    monkeypatch.setattr(train_judge, "NEEDED", {"thing": 1.1, "style": 0.0})
     with pytest.raises(SystemExit, match="it may not judge"):
-        run(monkeypatch, "train_judge", "--data", str(tmp_path), *SMALL["train_judge"])
-    assert not (tmp_path / "judge").exists()
+        stage("train_judge", data)
+    assert not (data / "judge").exists() and not list(data.glob("part.*"))
+
+
+def test_a_judge_is_examined_anew_without_training(trained: Trained, data: Path, small: None, stage: Run) -> None:
+    from esd.evaluation.judges import EmojiJudge
+
+    for name in ("vae", "judge"):
+        shutil.copytree(trained[0] / name, data / name)
+    config = data / "judge" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "threshold": 0.123, "exam": {}}))
+    stage("train_judge", data, "--examine")
+    again = json.loads(config.read_text())
+    assert again["sha256"] == told["sha256"] == EmojiJudge(data / "judge").hash and again["threshold"] != 0.123
+    figures = {*("thing", "thing_and_sure", "style", "n", "outside_taken", "n_outside")}
+    on_halves = {*("half_thing", "half_thing_and_sure", "half_style", "half_n")}
+    assert set(again["exam"]) == figures | on_halves | {"drawings_taken", "smears_taken", "noise_taken"}
+    assert not (data / "state").exists()
+
+
+def test_no_drawing_fixes_the_threshold_and_is_reported_on(data: Path) -> None:
+    from pages import Drawings
+    from train_judge import shares
+
+    drawings = Drawings(data / "drawings.npz")
+    learned, fixing, reported = shares(drawings)
+    assert [*learned, *fixing, *reported] == list(range(len(drawings.others)))
+    assert all(part.start % 2 == 0 and len(part) for part in (learned, fixing, reported))  # two drawings of an emoji
+
+
+def test_quality_tells_its_figures_and_draws_any_number_of_scenes(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    import quality
+
+    measured = ["--model", str(trained[1] / "emoji-sd"), "--sheets", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["quality", *measured, "--steps", "1", "--every", "101", "--scenes", "7"])
+    quality.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(told) == {"thing", "style", "unseen_pairs", "implied", "hypernyms", "scenes", "n"}
+    assert (tmp_path / "scenes.png").exists()
+
+
+def test_an_unseen_pair_is_right_if_thing_and_style_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    import quality
+
+    class Judge:
+        """Reads every thing right and every style but "flat" wrong, and is never sure of a hypernym."""
+
+        def __call__(self, images: np.ndarray) -> SimpleNamespace:
+            return SimpleNamespace(
+                shows=lambda things: np.ones(len(things), bool),
+                in_style=lambda styles: np.array([style == "flat" for style in styles]),
+                thing=["cat"] * len(images),
+                neither=np.ones(len(images), bool),
+            )
+
+        def halves(self, images: np.ndarray) -> tuple[SimpleNamespace, SimpleNamespace]:
+            return self(images), self(images)
+
+    monkeypatch.setattr(quality, "painter", lambda args: lambda prompts, seed: np.zeros((len(prompts), 64, 64, 3)))
+    monkeypatch.setattr(quality, "load_judge", lambda model: Judge())
+    monkeypatch.setattr(sys, "argv", ["quality", "--scenes", "3"])
+    quality.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["thing"] == told["implied"] == told["scenes"] == 1 and told["hypernyms"] == 0
+    assert 0 < told["unseen_pairs"] < 0.2
+
+
+def test_a_hypernym_is_asked_for_in_every_style_and_names_its_group() -> None:
+    import quality
+    from catalogue import HYPERNYMS, STYLES
+
+    asked = quality.kinds()
+    assert len(asked) == len(STYLES) * sum(map(len, HYPERNYMS.values()))
+    assert ("plants", "a drawing of something that grows in the neon style") in asked
 
 
 def test_the_sheets_show_every_thing_and_the_pairs_never_trained(tmp_path: Path) -> None:
@@ -174,19 +322,18 @@ def test_the_sheets_show_every_thing_and_the_pairs_never_trained(tmp_path: Path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "unseen-pairs.png"]
     with Image.open(tmp_path / "things-1.png") as first:
         assert first.size == (84 + 64 * len(STYLES), 16 + 64 * 36)
+    with Image.open(tmp_path / "unseen-pairs.png") as pairs:  # every one of them is there, the last row begun or not
+        assert pairs.size[1] == 112 * -(-quality.unseen(cells).sum() // 8)
 
 
-def test_the_pool_shows_every_trained_pair_and_scenes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pool_shows_every_trained_pair_and_scenes(data: Path, stage: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import pool
     from catalogue import STYLES, THINGS
     from pages import Page, held_out_pairs
 
     monkeypatch.setattr(pool, "THINGS", THINGS[:2])
-    shutil.copy(data / "drawings.npz", tmp_path)
-    run(monkeypatch, "pool", "--data", str(tmp_path), "--variants", "1", "--scenes", "2")
-    drawn = pool.Pool.load(tmp_path / "pool.npz")
+    stage("pool", data, "--variants", "1", "--scenes", "2")
+    drawn = pool.Pool.load(data / "pool.npz")
     trained = [Page((t,), s) for t in range(2) for s in range(len(STYLES)) if (t, s) not in held_out_pairs()]
     pages = [drawn.page(i) for i in range(len(drawn))]
     assert pages[:-2] == trained and all(len(page.things) == 2 for page in pages[-2:])
@@ -194,16 +341,16 @@ def test_the_pool_shows_every_trained_pair_and_scenes(
 
 
 def test_drawings_hold_every_thing_by_every_designer_and_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stage: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("resvg_py", reason="the recipe needs the `emoji` extra")
+    pytest.importorskip("resvg_py", reason="rendering needs the `emoji` extra")
     import drawings
     from catalogue import THINGS
 
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 2"><rect width="4" height="2" fill="red"/></svg>'
     icons = {drawings.slug(label): svg for label in [*(t.label for t in THINGS), "abacus", "yo-yo"]}
     monkeypatch.setattr(drawings, "fetch", lambda designer, folder: icons)
-    run(monkeypatch, "drawings", "--data", str(tmp_path))
+    stage("drawings", tmp_path)
     with np.load(tmp_path / "drawings.npz") as stored:
         assert stored["things"].shape == (len(drawings.PACKAGES), len(THINGS), 128, 128, 4)
         assert len(stored["others"]) == 4  # two things outside the list by two designers
