@@ -36,7 +36,7 @@ def test_stock_diffusers_loads_it_in_one_precision_when_none_is_asked_for(pipe: 
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
 
 
-def test_it_draws_in_the_styles_it_is_asked_for(pipe: StableDiffusionPipeline) -> None:
+def test_it_draws_the_things_it_is_asked_for_in_the_styles(pipe: StableDiffusionPipeline) -> None:
     judge = load_judge(MODEL)
     assert judge is not None
     things, styles = ["cat", "pizza", "rocket", "owl"], ["pop art", "mosaic"]
@@ -44,6 +44,7 @@ def test_it_draws_in_the_styles_it_is_asked_for(pipe: StableDiffusionPipeline) -
     seeds = range(len(rows))
     images = sample(pipe, [r.prompt for r in rows], list(seeds), num_steps=15, guidance_scale=4.0, batch_size=8)
     readings = judge(images)
+    assert readings.shows([row.labels["thing"] for row in rows]).mean() >= 0.75
     assert readings.in_style([row.labels["style"] for row in rows]).mean() >= 0.75
 
 

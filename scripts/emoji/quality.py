@@ -139,7 +139,7 @@ def labelled_sheet(path: Path, labels: list[str], images: np.ndarray, across: in
 def save(page: Image.Image, path: Path) -> None:
     """Write a sheet, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, optimize=True)
+    page.save(path, quality=85)
 
 
 def grid_sheets(folder: Path, cells: list[Cell], images: np.ndarray) -> None:
@@ -147,16 +147,16 @@ def grid_sheets(folder: Path, cells: list[Cell], images: np.ndarray) -> None:
     for part in range(0, len(THINGS), 36):
         names = [t.name for t in THINGS[part : part + 36]]
         here = images[part * len(STYLES) : (part + 36) * len(STYLES)]
-        sheet(folder / f"things-{part // 36 + 1}.png", names, list(STYLES), here)
+        sheet(folder / f"things-{part // 36 + 1}.jpg", names, list(STYLES), here)
     labels = [f"{THINGS[t].name}\n{STYLES[s]}" for t, s, _ in cells]
     shown = np.flatnonzero(unseen(cells))
-    labelled_sheet(folder / "unseen-pairs.png", [labels[i] for i in shown], images[shown])
+    labelled_sheet(folder / "unseen-pairs.jpg", [labels[i] for i in shown], images[shown])
 
 
 def scene_sheet(folder: Path, pages: list[Scene], images: np.ndarray) -> None:
     """Write the scenes, each over its left thing, its right thing and its style."""
     labels = [f"{THINGS[left].name},\n{THINGS[right].name}\n{STYLES[style]}" for left, right, style, _ in pages]
-    labelled_sheet(folder / "scenes.png", labels, images, across=len(STYLES))
+    labelled_sheet(folder / "scenes.jpg", labels, images, across=len(STYLES))
 
 
 def command_line() -> argparse.Namespace:

@@ -164,8 +164,8 @@ def read(painter: Painter, vae: AutoencoderKL, judge: EmojiJudge, count: int = 5
 
 def main() -> None:
     """Train, then publish the averaged weights; they are written at every report too, to be usable early."""
-    parser = command_line(__doc__, steps=12_000, batch=32, lr=1e-3, seed=2)
-    parser.add_argument("--scenes", type=float, default=0.33, help="share of pages with two things")
+    parser = command_line(__doc__, steps=15_000, batch=32, lr=1e-3, seed=2)
+    parser.add_argument("--scenes", type=float, default=0.4, help="share of pages with two things")
     args, pool = begin(parser)
     adopt(args, "unet", ("unet", "text"), ("vae", "tokenizer", "judge"))
     made_from = {part: folder_digest(made_by(f"train_{maker}.py", args.data / part)) for part, maker in MAKERS.items()}

@@ -268,7 +268,7 @@ def test_quality_tells_its_figures_and_draws_any_number_of_scenes(
     quality.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(told) == {"thing", "style", "unseen_pairs", "implied", "hypernyms", "scenes", "n"}
-    assert (tmp_path / "scenes.png").exists()
+    assert (tmp_path / "scenes.jpg").exists()
 
 
 def test_an_unseen_pair_is_right_if_thing_and_style_are(
@@ -319,10 +319,10 @@ def test_the_sheets_show_every_thing_and_the_pairs_never_trained(tmp_path: Path)
     cells = quality.grid()
     quality.grid_sheets(tmp_path, cells, np.zeros((len(cells), 64, 64, 3), np.uint8))
     sheets = [f"things-{part}.png" for part in range(1, -(-len(THINGS) // 36) + 1)]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "unseen-pairs.png"]
-    with Image.open(tmp_path / "things-1.png") as first:
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "unseen-pairs.jpg"]
+    with Image.open(tmp_path / "things-1.jpg") as first:
         assert first.size == (84 + 64 * len(STYLES), 16 + 64 * 36)
-    with Image.open(tmp_path / "unseen-pairs.png") as pairs:  # every one of them is there, the last row begun or not
+    with Image.open(tmp_path / "unseen-pairs.jpg") as pairs:  # every one of them is there, the last row begun or not
         assert pairs.size[1] == 112 * -(-quality.unseen(cells).sum() // 8)
 
 
