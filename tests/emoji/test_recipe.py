@@ -318,7 +318,7 @@ def test_the_sheets_show_every_thing_and_the_pairs_never_trained(tmp_path: Path)
 
     cells = quality.grid()
     quality.grid_sheets(tmp_path, cells, np.zeros((len(cells), 64, 64, 3), np.uint8))
-    sheets = [f"things-{part}.png" for part in range(1, -(-len(THINGS) // 36) + 1)]
+    sheets = [f"things-{part}.jpg" for part in range(1, -(-len(THINGS) // 36) + 1)]
     assert sorted(file.name for file in tmp_path.iterdir()) == [*sheets, "unseen-pairs.jpg"]
     with Image.open(tmp_path / "things-1.jpg") as first:
         assert first.size == (84 + 64 * len(STYLES), 16 + 64 * 36)
