@@ -45,7 +45,7 @@ def test_every_run_is_told_with_the_published_model(trained: Trained) -> None:
     assert set(told) == {"clip", "vae", "judge", "unet", "clip-locked"}
     (first,) = told["unet"]
     assert (first["from"], first["to"]) == (0, 2)
-    assert first["recipe"]["batch"] == 4 and first["arguments"] == {"scenes": 0.33}
+    assert first["recipe"]["batch"] == 4 and first["arguments"] == {"scenes": 0.4}
     assert set(first["made_from"]) == {"pool", "vae", "tokenizer"}
     assert told["vae"][0]["made_from"]["pool"] == first["made_from"]["pool"]
     assert told["clip-locked"][0]["arguments"]["text"] == "text"
