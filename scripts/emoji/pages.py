@@ -121,8 +121,9 @@ class Caption:
             return False
         if self.things is None:
             return True
-        pairs = zip(self.things, page.things, strict=False)
-        return len(self.things) == len(page.things) and all(thing in allowed for allowed, thing in pairs)
+        if len(self.things) != len(page.things):
+            return False
+        return all(thing in allowed for allowed, thing in zip(self.things, page.things, strict=True))
 
 
 def describe(page: Page, rng: np.random.Generator, *, kind: str | None = None, split: str = "train") -> Caption:

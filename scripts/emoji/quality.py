@@ -102,7 +102,8 @@ def print_grid(cells: list[Cell], thing_right: np.ndarray, style_right: np.ndarr
     """Print the rates of every style, and the things that are drawn worst."""
     for s, style in enumerate(STYLES):
         here = np.array([cell[1] == s for cell in cells])
-        print(f"{style:14s} things {thing_right[here].mean():.1%}  style {style_right[here].mean():.1%}")
+        if here.any():  # a quick look at every n-th picture may pass a style over
+            print(f"{style:14s} things {thing_right[here].mean():.1%}  style {style_right[here].mean():.1%}")
     worst = sorted(
         (np.mean([r for r, c in zip(thing_right, cells, strict=True) if c[0] == t] or [1]), thing.name)
         for t, thing in enumerate(THINGS)

@@ -313,10 +313,9 @@ class Stage:
         def part(name: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
+        # an older state holds the given parameters as they once were
         given = {k: p for k, p in self.model.named_parameters() if k not in self.learned}
-        self.model.load_state_dict(
-            {**part("weights"), **given}
-        )  # an older state holds the given ones as they once were
+        self.model.load_state_dict({**part("weights"), **given})
         average = part("average")
         for name, value in self.average.items():
             value.copy_(average[name])
