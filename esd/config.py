@@ -167,8 +167,11 @@ class EvaluationConfig:
     retained_images: int = option(
         400, "images of everything else that the judge reads; 0 skips the reading", at_least=0
     )
+    implied_images: int = option(
+        60, 'images of the concept called by another word ("a kitty") that the judge reads', at_least=0
+    )
     num_steps: int = option(20, "sampling steps of these images and the preview", at_least=1, at_most=1000)
-    guidance_scale: float = option(3.0, "classifier-free guidance of these images and the preview", at_least=0)
+    guidance_scale: float = option(4.0, "classifier-free guidance of these images and the preview", at_least=0)
     batch_size: int = option(32, "images per call", at_least=1)
     preview_images: int = option(6, "columns of preview.png", at_least=1, at_most=16)
 
@@ -250,7 +253,7 @@ class GenerateConfig:
     run_dir: str | None = option(None, "where images go; null is runs/images-<prompts>")
     images_per_prompt: int = option(1, "each with its own seed", at_least=1)
     num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
-    guidance_scale: float = option(3.0, "classifier-free guidance, where a prompt's row sets none", at_least=0)
+    guidance_scale: float = option(4.0, "classifier-free guidance, where a prompt's row sets none", at_least=0)
     batch_size: int = option(16, "images per call; changes no image", at_least=1)
     seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -146,11 +146,12 @@ def judge_of(model: str) -> Judge | None:
 
 def check_judge(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
     """Raises UserError where the judge would read pictures, and the model draws them in another size."""
-    asked = wanted.target_images + wanted.retained_images
+    asked = wanted.target_images + wanted.retained_images + wanted.implied_images
     if judge and asked and family.latent_shape(judge.size) != family.sample_shape:
         raise UserError(
             f"the judge {judge.name} of {family.base_name} reads pictures of {judge.size} pixels, and the model draws "
-            "others; remove it from vocabulary.json, or set evaluation.target_images=0 evaluation.retained_images=0"
+            "others; remove it from vocabulary.json, or set evaluation.target_images=0 evaluation.retained_images=0 "
+            "evaluation.implied_images=0"
         )
 
 
@@ -191,6 +192,7 @@ def measure(
         judge=judge,
         target_images=wanted.target_images,
         retained_images=wanted.retained_images,
+        implied_images=wanted.implied_images,
         preview_images=wanted.preview_images,
         settings=DrawSettings(wanted.num_steps, wanted.guidance_scale, wanted.batch_size),
         picture=run / "preview.png",

@@ -21,6 +21,7 @@ TITLES = {
     "target": "target",
     "same_domain": "others of its kind",
     "cross_domain": "the other kind",
+    "implied": "called otherwise",
     "target_style": "style on target prompts",
     "target_thing": "thing on target prompts",
 }

@@ -18,7 +18,7 @@ HELD_OUT = {
 }
 VOCABULARY = Vocabulary(
     tuple(
-        Entry(name, group)
+        Entry(name, group, ("kitty", "odd cat") if name == "cat" else ())
         for name, group in [
             ("cat", "animals"),
             ("dog", "animals"),
@@ -87,6 +87,16 @@ def test_target_same_domain_and_cross_domain_are_counted_apart() -> None:
     assert rates["target"]["interval"] == list(wilson(0, 2))
 
 
+def test_what_implies_the_concept_is_neither_target_nor_retained() -> None:
+    asked = rows({"thing": "cat", "style": "ink"}, {"thing": "cat", "style": "ink", "called": "kitty"})
+    before = read(["cat", "cat"], ["ink", "ink"], [False, False])
+    after = read(["dog", "cat"], ["ink", "neon"], [True, False])
+    rates = erasure_rates(asked, before, after, {"cat": "thing"})
+    assert (rates["target"]["after"], rates["target"]["n"], rates["neither"]) == (0.0, 1, 1.0)
+    assert (rates["implied"]["before"], rates["implied"]["after"], rates["implied"]["n"]) == (1.0, 1.0, 1)
+    assert rates["target_style"]["n"] == 1 and rates["same_domain"] == rates["cross_domain"] == NO_RATE
+
+
 def test_an_erased_style_swaps_the_domains() -> None:
     asked = rows({"thing": "cat", "style": "neon"}, {"thing": "cat", "style": "ink"})
     same = read(["cat", "cat"], ["neon", "ink"], [False, False])
@@ -103,19 +113,30 @@ def test_a_domain_without_rows_has_no_rate() -> None:
 def test_the_exam_asks_for_targets_and_for_everything_else_but_never_for_unseen_pairs(
     concepts: dict[str, str],
 ) -> None:
-    asked = exam(VOCABULARY, concepts, 40, 60)
+    asked = exam(VOCABULARY, concepts, 40, 60, 0)
     named = [set(row.labels.values()) & set(concepts) for row in asked]
     assert all(named[:40]) and not any(named[40:])
     assert len({row.evaluation_seed for row in asked}) == len(asked) == 100
     assert not {(row.labels.get("thing"), row.labels.get("style")) for row in asked} & VOCABULARY.held_out_pairs
     assert all({"thing", "style"} == set(row.labels) for row in asked[40:])
-    assert asked == exam(VOCABULARY, concepts, 40, 60)
+    assert asked == exam(VOCABULARY, concepts, 40, 60, 0)
 
 
 def test_the_exam_spreads_over_styles() -> None:
-    styles = [row.labels.get("style") for row in exam(VOCABULARY, {"cat": "thing"}, 90, 0)]
+    styles = [row.labels.get("style") for row in exam(VOCABULARY, {"cat": "thing"}, 90, 0, 0)]
     counts = {style: styles.count(style) for style in set(styles)}
     assert counts == {"mosaic": 20, "ink": 20, "chalk": 20, "pixel": 20, None: 10}
+
+
+def test_the_implied_name_the_concept_by_other_words_and_leave_the_rest_of_the_exam_as_it_was() -> None:
+    asked, without = (exam(VOCABULARY, {"cat": "thing"}, 10, 20, count) for count in (36, 0))
+    implied = asked[30:]
+    assert asked[:30] == without and len(implied) == 36
+    assert all(row.labels["thing"] == "cat" and row.labels["called"] in row.prompt for row in implied)
+    assert {row.prompt for row in implied if len(row.labels) == 2} == {"one kitty", "one odd cat"}
+    assert {"a kitty in chalk", "an odd cat in ink"} <= {row.prompt for row in implied}
+    assert not any(row.labels.get("style") == "neon" for row in implied)  # a pair that was never seen
+    assert exam(VOCABULARY, {"ink": "style"}, 10, 20, 36) == exam(VOCABULARY, {"ink": "style"}, 10, 20, 0)
 
 
 def test_rates_are_refused_with_their_reason() -> None:

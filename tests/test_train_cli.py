@@ -59,6 +59,7 @@ def test_one_command_leaves_a_run_directory_and_nothing_else(command: Command) -
         "target",
         "same_domain",
         "cross_domain",
+        "implied",
         "neither",
         "seconds",
         "parameters",

@@ -64,6 +64,7 @@ def evaluate(
     judge: Judge | None,
     target_images: int,
     retained_images: int,
+    implied_images: int,
     preview_images: int,
     settings: DrawSettings,
     picture: Path,
@@ -77,14 +78,15 @@ def evaluate(
         concepts: what was erased.
         vocabulary: of the model, or None.
         judge: reads uint8 images (n, H, W, 3), or None.
-        target_images, retained_images: how many images of each the judge reads.
+        target_images, retained_images, implied_images: how many images of each the judge reads.
         preview_images: columns of the picture.
         settings: steps, guidance, batch size.
         picture: path of the PNG.
         report: gets a line before each of the two slow parts.
     """
     known, reason = known_concepts(concepts, vocabulary, judge)
-    rows = exam(vocabulary, known, target_images, retained_images) if vocabulary and not reason else []
+    wanted = (target_images, retained_images, implied_images)
+    rows = exam(vocabulary, known, *wanted) if vocabulary and not reason else []
     reason = reason or (None if rows else "no evaluation images were asked for")
     lines, columns = preview_lines(concepts, vocabulary, preview_images)
     prompts = [row.prompt for row in rows] + [prompt for line in lines for prompt in line.prompts]
@@ -113,7 +115,7 @@ def evaluate(
         title=f"erased: {', '.join(concepts)}",
     )
     if reason or judge is None:
-        rates: dict[str, Any] = {name: dict(NO_RATE) for name in ("target", "same_domain", "cross_domain")}
+        rates: dict[str, Any] = {name: dict(NO_RATE) for name in ("target", "same_domain", "cross_domain", "implied")}
         return rates | {"neither": None, "reason": reason}
     return erasure_rates(rows, judge(before[:n]), judge(after[:n]), known) | {"reason": None}
 
@@ -133,9 +135,9 @@ def known_concepts(
 
 
 def exam(
-    vocabulary: Vocabulary, concepts: Mapping[str, str], target_images: int, retained_images: int
+    vocabulary: Vocabulary, concepts: Mapping[str, str], target_images: int, retained_images: int, implied_images: int
 ) -> list[PromptRow]:
-    """Rows in held-out phrasings: targets, then the retained, each spread evenly over what the model knows.
+    """Rows in held-out phrasings: targets, the retained, the implied; each spread evenly over what the model knows.
 
     Pairs that the model never saw together are left out: they would measure the base, not the erasure.
 
@@ -144,6 +146,8 @@ def exam(
         concepts: erased names to their domain.
         target_images: rows that name an erased concept, alone or with something of the other domain.
         retained_images: rows that name a thing and a style, neither of them erased.
+        implied_images: rows that mean an erased concept by another word ("a kitty"), which their label "called"
+            tells; none where the vocabulary has no other word for it.
     """
     phrasings = vocabulary.phrasings["held_out"]
     kept = {
@@ -159,12 +163,20 @@ def exam(
         ]
 
     targets: list[tuple[str, dict[str, str]]] = []
+    implied: list[tuple[str, dict[str, str]]] = []
     for name, domain in concepts.items():
         things, styles = ([name], kept["style"]) if domain == "thing" else (kept["thing"], [name])
+        words = next(entry.synonyms for entry in vocabulary.entries(domain) if entry.name == name)
         for template in (*phrasings["both"], *phrasings[domain]):
-            targets += filled(template, things, styles)
+            named = filled(template, things, styles)
+            targets += named
+            implied += [
+                (say(template, labels | {domain: word}), labels | {"called": word})
+                for word in words
+                for _, labels in named
+            ]
     retained = [pair for template in phrasings["both"] for pair in filled(template, kept["thing"], kept["style"])]
-    chosen = _spread(targets, target_images) + _spread(retained, retained_images)
+    chosen = _spread(targets, target_images) + _spread(retained, retained_images) + _spread(implied, implied_images)
     return [PromptRow(i, prompt, FIRST_SEED + i, labels=labels) for i, (prompt, labels) in enumerate(chosen)]
 
 

@@ -1,6 +1,7 @@
 """Rates of what a judge saw, each with its interval: did the concept go, and did everything else stay?
 
-Rows are *target* when their labels name an erased concept, else *retained*. On target rows the rate of the
+Rows are *target* when their labels name an erased concept and the prompt does so too, *implied* when the prompt calls
+it otherwise, else *retained*. On target rows the rate of the
 concept itself should fall, and the rate of the other label (the style of an erased thing) should not. On
 retained rows, the same domain (other things) and the cross domain (styles) should both hold.
 
@@ -41,21 +42,23 @@ def erasure_rates(
     """The rates of summary.json.
 
     Args:
-        rows: the prompts drawn, n of them, with labels "thing" and/or "style".
+        rows: the prompts drawn, n of them, with labels "thing" and/or "style"; "called" is the other word by which
+            an implied concept is called.
         before: what the judge reads in the base's n images.
         after: what it reads in the erased model's, of the same prompts and seeds.
         concepts: erased names to their domain, for example {"cat": "thing"}.
 
     Returns:
-        "target", "same_domain", "cross_domain" and, on target rows, "target_<other domain>": each
+        "target", "same_domain", "cross_domain", "implied" and, on target rows, "target_<other domain>": each
         {"before", "after", "n", "interval" of after, "interval_before"}, with nulls where no row applies; and
         "neither", the share of the erased model's target images in which the judge saw nothing it knows.
     """
     domains = set(concepts.values())
     others = [domain for domain in DOMAINS if domain not in domains]
-    is_target = [any(concepts.get(name) == domain for domain, name in row.labels.items()) for row in rows]
-    target = [i for i, chosen in enumerate(is_target) if chosen]
-    retained = [i for i, chosen in enumerate(is_target) if not chosen]
+    meant = [any(concepts.get(name) == domain for domain, name in row.labels.items()) for row in rows]
+    target = [i for i, row in enumerate(rows) if meant[i] and "called" not in row.labels]
+    implied = [i for i, row in enumerate(rows) if meant[i] and "called" in row.labels]
+    retained = [i for i, row in enumerate(rows) if not meant[i]]
 
     def rate(indices: Collection[int], among: Collection[str], *, erased_only: bool = False) -> dict[str, Any]:
         asked = [
@@ -79,6 +82,7 @@ def erasure_rates(
         "target": rate(target, domains, erased_only=True),
         "same_domain": rate(retained, domains),
         "cross_domain": rate(retained, others),
+        "implied": rate(implied, domains, erased_only=True),
     }
     rates |= {f"target_{domain}": rate(target, [domain]) for domain in others}
     rates["neither"] = sum(bool(after.neither[i]) for i in target) / len(target) if target else None
