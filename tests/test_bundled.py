@@ -55,6 +55,16 @@ def test_clip_reads_words_as_the_pipeline_does(pipe: StableDiffusionPipeline) ->
     assert all(torch.equal(clip[name], value.half()) for name, value in text.items())
 
 
+def test_the_parts_were_trained_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CHECKPOINTS.parent / "scripts" / "emoji")
+    from files import folder_digest
+
+    folders = {"vae": "vae", "tokenizer": "tokenizer", "text": "text_encoder"}
+    shipped = {part: folder_digest(MODEL / folder) for part, folder in folders.items()}
+    for runs in json.loads((MODEL / "training.json").read_text()).values():
+        assert all(shipped.get(part, seen) == seen for run in runs[-1:] for part, seen in run["made_from"].items())
+
+
 def test_vocabulary_and_judge_know_the_same_words() -> None:
     vocabulary, judge = Vocabulary.load(MODEL), EmojiJudge(CHECKPOINTS / "emoji-judge")
     assert vocabulary is not None

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 from catalogue import THINGS
-from files import Refused, digest, need, whole
+from files import Refused, arguments, digest, need, whole
 from PIL import Image
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "emoji"
 SIDE = 128
 """Pixels a drawing is rendered at; twice the model's resolution."""
 NEEDED_BYTES = 400 * 2**20
+BLANK = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
 
 PACKAGES = {
     "twemoji": ("@iconify-json/twemoji@1.2.5", "5d5d820790565b764f2728675d487c9ee4c1fc83916d8567d5aca8ba7527c242"),
@@ -108,8 +109,15 @@ def refuse_changed(raw: bytes, pinned: str, what: str) -> None:
 
 
 def render(svg: str) -> np.ndarray:
-    """Return an SVG document as uint8 RGBA (128, 128, 4), straight alpha, black ink for `currentColor`."""
-    import resvg_py
+    """Return an SVG document as uint8 RGBA (128, 128, 4), straight alpha, black ink for `currentColor`.
+
+    Raises:
+        DrawingsError: no resvg_py.
+    """
+    try:
+        import resvg_py
+    except ModuleNotFoundError as error:
+        raise DrawingsError("resvg_py is missing; install it with: pip install -e '.[emoji]'") from error
 
     png = resvg_py.svg_to_bytes(svg_string=svg.replace("currentColor", "#000"), width=SIDE, height=SIDE)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
@@ -143,8 +151,8 @@ def base(slug: str) -> str:
 def build(folder: Path = DATA, others: int = 300) -> Path:
     """Render every thing by every designer, and `others` things outside the list, into `drawings.npz`.
 
-    The archive holds `things` (n_designers, n_things, 128, 128, 4), `others` (m, 128, 128, 4) for the judge's
-    "neither", each emoji by two designers in a row, and `designers`.
+    The archive holds `things` (n_designers, n_things, 128, 128, 4), the `labels` of the things, `others`
+    (m, 128, 128, 4) for the judge's "neither", each emoji by two designers in a row, and `designers`.
     """
     need(folder, NEEDED_BYTES)
     sets = {designer: fetch(designer, folder) for designer in PACKAGES}
@@ -159,8 +167,9 @@ def build(folder: Path = DATA, others: int = 300) -> Path:
     rng = np.random.default_rng(0)
     picked = [unlisted[i] for i in rng.permutation(len(unlisted))[:others]]
     extra = np.stack([render(sets[d][s]) for s in picked for d in ("twemoji", "noto")])
+    labels, designers = [t.label for t in THINGS], list(PACKAGES)
     with whole(folder / "drawings.npz") as partial:
-        np.savez_compressed(partial, things=np.stack(things), others=extra, designers=np.array(list(PACKAGES)))
+        np.savez_compressed(partial, things=np.stack(things), others=extra, labels=labels, designers=designers)
     return folder / "drawings.npz"
 
 
@@ -168,7 +177,9 @@ def main() -> None:
     """Render the drawings, or say why not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    print("drawings are in", build(parser.parse_args().data))
+    args = arguments(parser)
+    render(BLANK)  # what cannot be rendered need not be fetched
+    print("drawings are in", build(args.data))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from catalogue import HYPERNYMS, MEMBERS, PHRASINGS, STYLES, THINGS
-from files import made_by
+from files import Refused, arrays, digest
 from PIL import Image
 from styles import RENDER
 
@@ -37,10 +37,16 @@ class Drawings:
     """The rendered drawings, by designer and thing."""
 
     def __init__(self, archive: Path) -> None:
-        with np.load(made_by("drawings.py", archive)) as stored:
-            self.designers = [str(name) for name in stored["designers"]]
-            self.things = stored["things"]
-            self.others = stored["others"]
+        stored = arrays(archive, "drawings.py", ("labels", "designers", "things", "others"))
+        if list(stored["labels"]) != [t.label for t in THINGS]:
+            raise Refused(f"{archive} shows other things than catalogue.py lists; run drawings.py again")
+        self.designers = [str(name) for name in stored["designers"]]
+        self.things = stored["things"]
+        self.others = stored["others"]
+
+    def digest(self) -> str:
+        """Return the hash of all drawings."""
+        return digest(np.ascontiguousarray(a).data for a in (self.things, self.others))
 
     def of(self, designer: str, thing: int) -> np.ndarray:
         """Return uint8 RGBA (128, 128, 4)."""

@@ -3,7 +3,7 @@
     python scripts/emoji/publish.py             # data/emoji/ -> checkpoints/
 
 All three or none. Their cards are written by hand and stay: a folder of `checkpoints/` without README.md is refused.
-How every part was trained goes into `emoji-sd/training.json`.
+Parts that were not trained on each other are refused. How each was trained goes into `emoji-sd/training.json`.
 
 UNet and autoencoder are written in float16 and the text tower in float32: when no dtype is asked for, stock diffusers
 loads the first two into float32 while transformers keeps what it finds, and a pipeline of mixed dtypes fails at its
@@ -21,11 +21,11 @@ import torch
 from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from drawings import DATA
-from files import Refused, made_by, need, whole_folders
+from files import Refused, arguments, folder_digest, made_by, need, whole_folders
 from pages import held_out_pairs
 from train_clip import save_tokenizer, tower
 from train_unet import new_scheduler
-from training import histories
+from training import HISTORY, Runs
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 SHARD = "12MB"
@@ -59,8 +59,19 @@ def vocabulary() -> dict[str, object]:
     }
 
 
+def histories(data: Path) -> Runs:
+    """Return the runs of every stage, as told beside the parts; the UNet's tell the CLIP that its text tower was."""
+    told: Runs = {}
+    for part in ("clip", "vae", "judge", "unet"):
+        told |= json.loads(made_by(MAKERS[part], data / part / HISTORY).read_text())
+    return told
+
+
 def refuse_unfit(data: Path, target: Path) -> None:
-    """Refuse to publish what is not complete, what has no card, and a CLIP that reads words otherwise than the UNet."""
+    """Refuse what is not complete or has no card, a CLIP that reads words otherwise than the UNet, and parts of others.
+
+    A part is of others if its last run was on another autoencoder, tokenizer or text tower than is there.
+    """
     for part, maker in MAKERS.items():
         made_by(maker, data / part)
     for name in MODELS:
@@ -71,6 +82,14 @@ def refuse_unfit(data: Path, target: Path) -> None:
         raise Refused(
             f"the text tower of {data / 'clip'} is not {data / 'text'}; run train_clip.py --text {data / 'text'}"
         )
+    there = {part: folder_digest(data / part) for part in MAKERS}
+    last = {stage: runs[-1]["made_from"] for stage, runs in histories(data).items() if runs}
+    for stage, part in [(stage, part) for stage, seen in last.items() for part in seen if part in there]:
+        if last[stage][part] != there[part]:
+            raise Refused(
+                f"{stage} was trained on another {part} than {data / part}; train it on this one (--changed and more "
+                "--steps) or restore that one"
+            )
 
 
 def towers(data: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -80,9 +99,9 @@ def towers(data: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def publish(data: Path, target: Path) -> None:
     """Write the three folders, all or none, keeping their cards."""
-    need(data, 2 * MAX_BYTES)
-    refuse_unfit(data, target)
-    with whole_folders(data / "part.publish", target) as new:
+    need(target, 2 * MAX_BYTES)
+    with whole_folders(target / "part.publish", target) as new:
+        refuse_unfit(data, target)
         write(data, new)
         for name in MODELS:
             shutil.copy(target / name / "README.md", new / name)
@@ -109,7 +128,7 @@ def write(data: Path, new: Path) -> None:
     CLIPModel.from_pretrained(data / "clip").half().save_pretrained(new / "emoji-clip", max_shard_size=SHARD)
     for folder in (new / "emoji-sd" / "tokenizer", new / "emoji-clip"):
         save_tokenizer(tokenizer, folder)
-    shutil.copytree(data / "judge", new / "emoji-judge")
+    shutil.copytree(data / "judge", new / "emoji-judge", ignore=shutil.ignore_patterns(HISTORY))
     for name, told in (("vocabulary", vocabulary()), ("training", histories(data))):
         (new / "emoji-sd" / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
     for config in new.rglob("config.json"):  # diffusers notes where each part was loaded from
@@ -122,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=CHECKPOINTS)
-    args = parser.parse_args()
+    args = arguments(parser)
     publish(args.data, args.out)
 
 

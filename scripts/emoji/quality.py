@@ -14,18 +14,21 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from catalogue import HYPERNYMS, MEMBERS, PHRASINGS, STYLES, THINGS
 from diffusers import StableDiffusionPipeline
 from drawings import DATA
+from files import Refused, arguments, counted
 from pages import held_out_pairs, without_article
 from PIL import Image, ImageDraw
 from training import DEVICE
 
+from esd.errors import UserError
 from esd.evaluation.generate import sample
-from esd.evaluation.judges import load_judge
+from esd.evaluation.judges import EmojiJudge, load_judge
 from esd.evaluation.prompts import say
 
 Cell = tuple[int, int, str]
@@ -35,6 +38,8 @@ Scene = tuple[int, int, int, str]
 
 HELD = PHRASINGS["held_out"]
 MODEL = DATA.parents[1] / "checkpoints" / "emoji-sd"
+BATCH = 64
+Item = TypeVar("Item")
 
 
 def grid() -> list[Cell]:
@@ -73,6 +78,12 @@ def scenes(count: int, rng: np.random.Generator) -> list[Scene]:
     return out
 
 
+def some(items: list[Item], every: int) -> list[Item]:
+    """Return one in `every` of the items, in order; drawn at random, so that none of what repeats in them is missed."""
+    order = np.random.default_rng(0).permutation(len(items))
+    return [items[i] for i in sorted(order[: -(-len(items) // every)])]
+
+
 def unseen(cells: list[Cell]) -> np.ndarray:
     """Return (n,) bool: whether training never saw the pair."""
     pairs = held_out_pairs()
@@ -89,20 +100,36 @@ def painter(args: argparse.Namespace) -> Callable[[list[str], int], np.ndarray]:
     pipe = StableDiffusionPipeline.from_pretrained(args.model).to(args.device)
 
     def paint(prompts: list[str], seed: int) -> np.ndarray:
-        if not prompts:
-            return np.zeros((0, 64, 64, 3), np.uint8)
+        parts = [np.zeros((0, 64, 64, 3), np.uint8)]
         seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            return sample(pipe, prompts, seeds, num_steps=args.steps, guidance_scale=args.guidance, batch_size=64)
+        how = {"num_steps": args.steps, "guidance_scale": args.guidance, "batch_size": BATCH}
+        for start in counted(range(0, len(prompts), BATCH), f"pictures, in batches of {BATCH}"):
+            here = slice(start, start + BATCH)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                parts.append(sample(pipe, prompts[here], seeds[here], **how))
+        return np.concatenate(parts)
 
     return paint
+
+
+def judge_of(model: Path) -> EmojiJudge:
+    """Return the judge of a published model; refuse a folder that is none or names no judge."""
+    if not (model / "model_index.json").is_file():
+        raise Refused(f"--model {model} holds no pipeline; name a published one, such as checkpoints/emoji-sd")
+    try:
+        judge = load_judge(model)
+    except UserError as error:
+        raise Refused(str(error)) from error
+    if judge is None:
+        raise Refused(f"{model / 'vocabulary.json'} names no judge; name a model whose vocabulary does")
+    return judge
 
 
 def print_grid(cells: list[Cell], thing_right: np.ndarray, style_right: np.ndarray) -> None:
     """Print the rates of every style, and the things that are drawn worst."""
     for s, style in enumerate(STYLES):
         here = np.array([cell[1] == s for cell in cells])
-        if here.any():  # a quick look at every n-th picture may pass a style over
+        if here.any():  # a quick look may pass a style over
             print(f"{style:14s} things {thing_right[here].mean():.1%}  style {style_right[here].mean():.1%}")
     worst = sorted(
         (np.mean([r for r, c in zip(thing_right, cells, strict=True) if c[0] == t] or [1]), thing.name)
@@ -168,30 +195,34 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--every", type=int, default=1, help="only every n-th picture of the grid: a quick look")
+    parser.add_argument("--every", type=int, default=1, help="only one picture in n of the grid: a quick look")
     parser.add_argument("--sheets", type=Path, help="folder for the contact sheets")
     parser.add_argument("--device", default=DEVICE)
-    return parser.parse_args()
+    args = arguments(parser)
+    if args.every < 1:
+        raise Refused(f"--every is {args.every}; give 1 for the whole grid, or more for a part of it")
+    if args.sheets and args.every > 1:
+        raise Refused(f"--sheets show the whole grid, --every {args.every} draws a part of it; give one of them")
+    return args
 
 
 def main() -> None:
     """Draw, read, print, and write the sheets if asked to."""
     args = command_line()
-    paint, judge = painter(args), load_judge(args.model)
-    assert judge is not None, f"{args.model} names no judge"
+    judge, paint = judge_of(args.model), painter(args)
 
-    cells = grid()[:: args.every]
+    cells = some(grid(), args.every)
     images = paint([prompt for *_, prompt in cells], args.seed)
     readings = judge(images)
     thing_right = readings.shows([THINGS[t].name for t, _, _ in cells])
     style_right = readings.in_style([STYLES[s] for _, s, _ in cells])
     print_grid(cells, thing_right, style_right)
 
-    words = implied()[:: args.every]
+    words = some(implied(), args.every)
     word_images = paint([prompt for _, prompt in words], args.seed + 1)
     implied_right = judge(word_images).shows([THINGS[t].name for t, _ in words])
 
-    groups = kinds()[:: args.every]
+    groups = some(kinds(), args.every)
     read = judge(paint([prompt for _, prompt in groups], args.seed + 3))
     members = {group: {THINGS[t].name for t in of} for group, of in MEMBERS.items()}
     kind_right = [read.thing[i] in members[group] and not read.neither[i] for i, (group, _) in enumerate(groups)]
@@ -203,8 +234,7 @@ def main() -> None:
     both_right = left.shows(firsts) & right.shows(seconds)
 
     if args.sheets:
-        if args.every == 1:
-            grid_sheets(args.sheets, cells, images)
+        grid_sheets(args.sheets, cells, images)
         if pages:
             scene_sheet(args.sheets, pages, scene_images)
     shares = {

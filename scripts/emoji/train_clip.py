@@ -22,16 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from catalogue import HYPERNYMS, PHRASINGS, STYLES, THINGS
-from files import folder_digest, made_by, whole_folders
+from files import Refused, folder_digest, made_by, there, whole_folders
 from pages import Caption, Page, describe
 from pool import Pool
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from train_vae import to_model
-from training import PUBLISHED, Origin, Recipe, Stage, adopt, begin, command_line
+from training import PUBLISHED, Origin, Recipe, Stage, adopt, begin, command_line, tell
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from esd.evaluation.prompts import say
 
+STEPS = {"clip": 334, "clip-locked": 1500}
+"""Stage -> its steps if none are asked for."""
 MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -100,9 +102,10 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def tokenizer_of(data: Path) -> CLIPTokenizer:
     """Return the tokenizer of a data folder; train and write one where there is none."""
-    if not (data / "tokenizer").exists():
+    if not there(data / "tokenizer"):
         with whole_folders(data / "part.tokenizer", data) as new:
             save_tokenizer(train_tokenizer(), new / "tokenizer")
+    folder_digest(data / "tokenizer")  # refuses what is left of one
     return CLIPTokenizer.from_pretrained(data / "tokenizer")
 
 
@@ -192,19 +195,23 @@ def load(args: argparse.Namespace, tokenizer: CLIPTokenizer) -> CLIPModel:
     return clip.to(args.device)
 
 
-def publish(clip: CLIPModel, tokenizer: CLIPTokenizer, data: Path) -> None:
+def publish(clip: CLIPModel, tokenizer: CLIPTokenizer, stage: Stage, data: Path) -> None:
     """Write CLIP with its tokenizer."""
     with whole_folders(data / "part.clip", data) as new:
         clip.save_pretrained(new / "clip", max_shard_size="12MB")
         save_tokenizer(tokenizer, new / "clip")
+        tell(new / "clip", stage.runs)
 
 
 def main() -> None:
     """Train tokenizer and CLIP and publish both."""
-    parser = command_line(__doc__, steps=300, batch=192, lr=1e-3, seed=1)
+    parser = command_line(__doc__, steps=None, batch=192, lr=1e-3, seed=1)
     parser.add_argument("--text", type=Path, help="a trained text tower to keep as it is")
     args, pool = begin(parser)
+    if args.batch > len(pool):
+        raise Refused(f"--batch is {args.batch}, the pool has {len(pool)} pages; give no more than these")
     name = "clip-locked" if args.text else "clip"
+    args.steps = STEPS[name] if args.steps is None else args.steps
     adopt(args, name, ("clip",), ("tokenizer",))
     tokenizer = tokenizer_of(args.data)
     clip = load(args, tokenizer)
@@ -214,6 +221,8 @@ def main() -> None:
     if args.text:
         made_from["text"] = folder_digest(args.text)
     stage = Stage(name, clip, recipe, args.data, Origin.of(args, recipe, **made_from))
+    if stage.made(args.data / "clip"):
+        return
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         indices = rng.choice(len(pool), recipe.batch, replace=False)
@@ -226,7 +235,7 @@ def main() -> None:
 
     stage.run(loss_of, lambda: zero_shot(clip, tokenizer, pool))
     with stage.averaged():
-        publish(clip, tokenizer, args.data)
+        publish(clip, tokenizer, stage, args.data)
     print(f"CLIP is in {args.data / 'clip'}")
 
 

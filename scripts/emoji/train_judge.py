@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from catalogue import STYLES, THINGS
 from diffusers import AutoencoderKL
-from files import Refused, folder_digest, made_by, whole_folders
+from files import Refused, counted, folder_digest, made_by, whole_folders
 from pages import Drawings, Page, draw, draw_page, held_out_pairs, random_page
 from pool import Pool
 from safetensors.torch import save_file
 from scipy import ndimage
 from torch.nn import functional as F
 from train_vae import to_model, to_pictures
-from training import PUBLISHED, Origin, Recipe, Stage, adopt, begin, command_line
+from training import PUBLISHED, Origin, Recipe, Runs, Stage, adopt, begin, command_line, history, tell
 
 from esd.evaluation.judges import EmojiJudge, JudgeNetwork, half
 
@@ -74,7 +74,7 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def round_trip(vae: AutoencoderKL, images: np.ndarray, batch: int = 128) -> np.ndarray:
     """Return the pictures as the autoencoder gives them back."""
     parts = []
-    for start in range(0, len(images), batch):
+    for start in counted(range(0, len(images), batch), "round trips, in batches"):
         x = to_model(images[start : start + batch], vae.device)
         parts.append(to_pictures(vae.decode(vae.encode(x).latent_dist.mode()).sample))
     return np.concatenate(parts)
@@ -82,7 +82,7 @@ def round_trip(vae: AutoencoderKL, images: np.ndarray, batch: int = 128) -> np.n
 
 def outsiders(drawings: Drawings, numbers: range, rng: np.random.Generator, count: int) -> np.ndarray:
     """Return styled pages of things outside the list."""
-    pick = rng.integers(len(numbers), size=count)
+    pick = counted(rng.integers(len(numbers), size=count), "pages of other things")
     return np.stack([draw([drawings.others[numbers[int(i)]]], int(rng.integers(len(STYLES))), rng) for i in pick])
 
 
@@ -126,7 +126,7 @@ def lessons(drawings: Drawings, pool: Pool, vae: AutoencoderKL, rng: np.random.G
     """Return what the judge learns: the pool, the pairs it lacks, and halves of scenes; a third of it round trips."""
     unseen = [Page((t,), s) for t, s in sorted(held_out_pairs()) for _ in range(16)]  # the judge must know every pair
     singles, scenes = np.flatnonzero(pool.second < 0), rng.choice(np.flatnonzero(pool.second >= 0), SCENES)
-    drawn = np.stack([draw_page(drawings, page, rng) for page in unseen])
+    drawn = np.stack([draw_page(drawings, page, rng) for page in counted(unseen, "pages of unseen pairs")])
     left, right = (half(pool.images[scenes], side) for side in (0, 1))
     images = np.concatenate([pool.images[singles], drawn, left, right])
     again = rng.choice(len(images), len(images) // 3, replace=False)
@@ -144,7 +144,7 @@ def exam(drawings: Drawings, vae: AutoencoderKL, count: int = 3000) -> dict[str,
 
     def drawn(scenes: float, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         pages = [random_page(rng, scenes=scenes, unseen=frozenset()) for _ in range(number)]
-        images = np.stack([draw_page(drawings, page, rng) for page in pages])
+        images = np.stack([draw_page(drawings, page, rng) for page in counted(pages, "pages of the exam")])
         images[::3] = round_trip(vae, images[::3])
         return images, np.array([page.things for page in pages]), np.array([page.style for page in pages])
 
@@ -217,8 +217,8 @@ def refuse_unfit(figures: dict[str, float]) -> None:
             )
 
 
-def publish(network: JudgeNetwork, threshold: float, figures: dict[str, float], data: Path) -> None:
-    """Write the weights in half precision, and the configuration that names them by their hash."""
+def publish(network: JudgeNetwork, threshold: float, figures: dict[str, float], runs: Runs, data: Path) -> None:
+    """Write the weights in half precision, the configuration that names them by their hash, and what made them."""
     weights = {k: v.half() if v.is_floating_point() else v for k, v in network.cpu().state_dict().items()}
     with whole_folders(data / "part.judge", data) as new:
         folder = new / "judge"
@@ -233,6 +233,7 @@ def publish(network: JudgeNetwork, threshold: float, figures: dict[str, float], 
             "exam": figures,
         }
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        tell(folder, runs)
 
 
 def published(folder: Path) -> JudgeNetwork:
@@ -245,16 +246,18 @@ def published(folder: Path) -> JudgeNetwork:
     return judge.network
 
 
-def train(
-    args: argparse.Namespace, drawings: Drawings, pool: Pool, vae: AutoencoderKL, asked: Labelled
-) -> JudgeNetwork:
-    """Return a judge that has learned; `asked` is only for telling how far it is."""
-    rng = np.random.default_rng(args.seed)
+def new_stage(args: argparse.Namespace, drawings: Drawings, pool: Pool) -> Stage:
+    """Return the judge's training, with a network that is new, as published, or as the state has it."""
     network = published(args.start / PUBLISHED["judge"]) if args.start else JudgeNetwork(len(THINGS), len(STYLES))
     often = {"save_every": 200, "report_every": 200}
     recipe = Recipe(args.steps, args.batch, args.lr, weight_decay=0.05, ema=0.0, seed=args.seed, **often)
-    origin = Origin.of(args, recipe, pool=pool.digest(), vae=folder_digest(args.data / "vae"))
-    stage = Stage("judge", network.to(args.device), recipe, args.data, origin)
+    made_from = {"pool": pool.digest(), "drawings": drawings.digest(), "vae": folder_digest(args.data / "vae")}
+    return Stage("judge", network.to(args.device), recipe, args.data, Origin.of(args, recipe, **made_from))
+
+
+def train(stage: Stage, drawings: Drawings, pool: Pool, vae: AutoencoderKL, asked: Labelled) -> None:
+    """Let a judge learn; `asked` is only for telling how far it is."""
+    network, recipe, rng = stage.model, stage.recipe, np.random.default_rng(stage.recipe.seed)
     known = lessons(drawings, pool, vae, rng)
     unknown = outsiders(drawings, shares(drawings)[0], rng, OUTSIDERS)
 
@@ -270,7 +273,6 @@ def train(
         return f"things {(thing == asked.things).mean():.1%}, styles {(style == asked.styles).mean():.1%}"
 
     stage.run(loss_of, report)
-    return network
 
 
 def main() -> None:
@@ -278,20 +280,30 @@ def main() -> None:
     parser = command_line(__doc__, steps=2200, batch=96, lr=3e-3, seed=77)
     parser.add_argument("--examine", action="store_true", help="examine the judge that is there; do not train")
     args, pool = begin(parser)
-    adopt(args, "judge", ("judge",), ("vae", "judge") if args.examine else ("vae",))
+    if args.examine and args.start:
+        raise Refused(f"--examine is of the judge in {args.data / 'judge'}, --start trains another; give one of them")
+    adopt(args, "judge", ("judge",), ("vae",))
     drawings = Drawings(args.data / "drawings.npz")
-    vae = AutoencoderKL.from_pretrained(made_by("train_vae.py", args.data / "vae")).float().to(args.device).eval()
-    asked = exam(drawings, vae)
+    if pool.drawings != drawings.digest():
+        raise Refused(f"{args.data / 'pool.npz'} was drawn from other drawings than are there; run pool.py again")
+    folder_digest(made_by("train_vae.py", args.data / "vae"))  # refuses what is left of one
+    vae = AutoencoderKL.from_pretrained(args.data / "vae").float().to(args.device).eval()
     if args.examine:
         network = published(args.data / "judge").to(args.device)
+        asked, runs = exam(drawings, vae), {"judge": history(args.data / "judge", "judge")}
     else:
-        network = train(args, drawings, pool, vae, asked["pages"])
+        stage = new_stage(args, drawings, pool)
+        if stage.made(args.data / "judge"):
+            return
+        asked = exam(drawings, vae)
+        train(stage, drawings, pool, vae, asked["pages"])
+        network, runs = stage.model, stage.runs
     rng = np.random.default_rng(EXAM_SEED)
     fixing, fresh = (outside(drawings, numbers, pool, rng) for numbers in shares(drawings)[1:])
     threshold, figures = examine(network, asked, fixing, fresh)
     print(json.dumps({"threshold": threshold, **figures}))
     refuse_unfit(figures)
-    publish(network, threshold, figures, args.data)
+    publish(network, threshold, figures, runs, args.data)
     print(f"the judge is in {args.data / 'judge'}")
 
 

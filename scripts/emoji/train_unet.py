@@ -17,17 +17,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from catalogue import PHRASINGS, STYLES, THINGS
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from files import folder_digest, made_by, whole_folders
+from files import counted, folder_digest, made_by, whole_folders
 from pages import caption
 from pool import Pool
 from train_clip import tokenize
 from train_vae import to_model, to_pictures
-from training import Origin, Recipe, Stage, adopt, begin, command_line
+from training import Origin, Recipe, Stage, adopt, begin, command_line, history, tell
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from esd.evaluation.judges import EmojiJudge
@@ -69,7 +70,7 @@ def new_scheduler() -> DDIMScheduler:
 def encode_pool(pool: Pool, vae: AutoencoderKL, device: str, batch: int = 128) -> torch.Tensor:
     """Return the scaled latents of every page, float16 (n, 4, 16, 16)."""
     parts = []
-    for start in range(0, len(pool), batch):
+    for start in counted(range(0, len(pool), batch), "latents of the pool, in batches"):
         pixels = to_model(pool.images[start : start + batch], device)
         with torch.autocast(pixels.device.type, torch.bfloat16):
             parts.append(vae.encode(pixels).latent_dist.mode().float().cpu())
@@ -84,11 +85,12 @@ MAKERS = {"vae": "vae", "tokenizer": "clip"}
 
 @dataclass(frozen=True)
 class Painter:
-    """What turns words into latents."""
+    """What turns words into latents; `clip` is the runs that made the CLIP whose text tower `text` began as."""
 
     tokenizer: CLIPTokenizer
     text: CLIPTextModel
     unet: UNet2DConditionModel
+    clip: list[dict[str, Any]]
 
     @staticmethod
     def load(data: Path, start: Path | None) -> Painter:
@@ -99,11 +101,14 @@ class Painter:
         if start:
             unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet").float()
             text = CLIPTextModel.from_pretrained(start, subfolder="text_encoder").float()
+            told = start
         elif (data / "state" / "unet").exists() and (data / "unet").exists() and (data / "text").exists():
             unet, text = (kind.from_pretrained(data / name) for kind, name in PARTS)
+            told = data / "unet"
         else:
             unet, text = new_unet(), CLIPTextModel.from_pretrained(made_by("train_clip.py", data / "clip"))
-        return Painter(CLIPTokenizer.from_pretrained(data / "tokenizer"), text, unet)
+            told = data / "clip"
+        return Painter(CLIPTokenizer.from_pretrained(data / "tokenizer"), text, unet, history(told, "clip"))
 
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Return what the UNet reads of each caption, (b, 32, 128)."""
@@ -123,11 +128,12 @@ class Painter:
             x = scheduler.step(unconditional + guidance * (conditional - unconditional), t, x).prev_sample
         return x
 
-    def save(self, data: Path) -> None:
+    def save(self, stage: Stage, data: Path) -> None:
         """Write the UNet and the text tower, both or neither."""
         with whole_folders(data / "part.unet", data) as new:
             self.unet.save_pretrained(new / "unet")
             self.text.save_pretrained(new / "text")
+            tell(new / "unet", {"clip": self.clip, **stage.runs})
 
 
 def loss_of_denoising(
@@ -164,7 +170,7 @@ def read(painter: Painter, vae: AutoencoderKL, judge: EmojiJudge, count: int = 5
 
 def main() -> None:
     """Train, then publish the averaged weights; they are written at every report too, to be usable early."""
-    parser = command_line(__doc__, steps=15_000, batch=32, lr=1e-3, seed=2)
+    parser = command_line(__doc__, steps=17_000, batch=32, lr=1e-3, seed=2)
     parser.add_argument("--scenes", type=float, default=0.4, help="share of pages with two things")
     args, pool = begin(parser)
     adopt(args, "unet", ("unet", "text"), ("vae", "tokenizer", "judge"))
@@ -173,8 +179,10 @@ def main() -> None:
     both = torch.nn.ModuleDict({"unet": painter.unet, "text": painter.text}).to(args.device)
     recipe = Recipe(args.steps, args.batch, args.lr, warmup=200, ema=0.999, seed=args.seed, report_every=1000)
     stage = Stage("unet", both, recipe, args.data, Origin.of(args, recipe, pool=pool.digest(), **made_from))
+    if stage.made(args.data / "unet"):
+        return
     if args.start:
-        painter.save(args.data)  # so that this folder alone can be gone on with
+        painter.save(stage, args.data)  # so that this folder alone can be gone on with
     vae = AutoencoderKL.from_pretrained(args.data / "vae").float().to(args.device).eval()
     latents = encode_pool(pool, vae, args.device).to(args.device)
     alpha_bar = new_scheduler().alphas_cumprod.to(args.device)
@@ -188,13 +196,13 @@ def main() -> None:
         return loss_of_denoising(painter, x0, captions, alpha_bar, seed=int(rng.integers(2**62)))
 
     def publish_and_read() -> str:
-        painter.save(args.data)
+        painter.save(stage, args.data)
         judged = (args.data / "judge" / "config.json").exists()
         return read(painter, vae, EmojiJudge(args.data / "judge")) if judged else "no judge yet"
 
     stage.run(loss_of, publish_and_read)
     with stage.averaged():
-        painter.save(args.data)
+        painter.save(stage, args.data)
     print(f"the UNet is in {args.data / 'unet'}, the text tower in {args.data / 'text'}")
 
 

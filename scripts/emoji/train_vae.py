@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from files import whole_folders
-from training import Origin, Recipe, Stage, adopt, begin, command_line
+from training import Origin, Recipe, Stage, adopt, begin, command_line, tell
 
 
 def new_vae() -> AutoencoderKL:
@@ -67,25 +67,25 @@ def scale_of(vae: AutoencoderKL, images: np.ndarray) -> float:
     return round(float(1 / torch.cat(parts).std()), 4)
 
 
-def publish(vae: AutoencoderKL, data: Path) -> None:
+def publish(vae: AutoencoderKL, stage: Stage, data: Path) -> None:
     """Write the autoencoder in half precision."""
     with whole_folders(data / "part.vae", data) as new:
         vae.to(torch.float16).save_pretrained(new / "vae", max_shard_size="12MB")
+        tell(new / "vae", stage.runs)
     vae.float()
 
 
 def main() -> None:
     """Train, then publish the averaged weights."""
-    args, pool = begin(command_line(__doc__, steps=2500, batch=16, lr=1e-3, seed=0))
+    args, pool = begin(command_line(__doc__, steps=2800, batch=16, lr=1e-3, seed=0))
     adopt(args, "vae", ("vae",))
     vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").float() if args.start else new_vae()
     vae.to(args.device)
     recipe = Recipe(args.steps, args.batch, args.lr, seed=args.seed, ema=0.995)
     stage = Stage("vae", vae, recipe, args.data, Origin.of(args, recipe, pool=pool.digest()))
+    if stage.made(args.data / "vae"):  # and a denoiser may already have learned latents of its scale
+        return
     check = pool.images[:: max(1, len(pool) // 128)]
-    published = args.data / "vae"
-    # a denoiser may already have learned latents of the published scale
-    keep = AutoencoderKL.load_config(published)["scaling_factor"] if stage.finished and published.exists() else None
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         x = to_model(pool.images[rng.integers(len(pool), size=recipe.batch)], args.device)
@@ -93,9 +93,9 @@ def main() -> None:
 
     stage.run(loss_of, lambda: f"{psnr(vae, check):.1f} dB on training pictures")
     with stage.averaged():
-        vae.register_to_config(scaling_factor=keep or scale_of(vae, check))
-        publish(vae, args.data)
-    print(f"the autoencoder is in {published}")
+        vae.register_to_config(scaling_factor=scale_of(vae, check))
+        publish(vae, stage, args.data)
+    print(f"the autoencoder is in {args.data / 'vae'}")
 
 
 if __name__ == "__main__":

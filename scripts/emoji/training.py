@@ -4,7 +4,8 @@ The loop is seeded by step, averages the weights, saves often, and is resumed by
 
 State is safetensors and JSON, published by renaming, so a stopped stage is never left half-written. It remembers every
 run that led to it, and what it was trained on: going on with another recipe or on other data has to be asked for. A
-stage that has no state may begin from published weights with a fresh optimiser.
+stage that has no state may begin from published weights with a fresh optimiser. The runs that made a part are told in
+its folder, so what is published tells of its own making whatever was trained since.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from drawings import DATA
-from files import Refused, folder_digest, need, whole, whole_folders
+from files import Refused, arguments, folder_digest, need, there, whole, whole_folders
 from pool import Pool
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -45,9 +46,13 @@ PUBLISHED = {
     "judge": "../emoji-judge",
 }
 """Folder of the data -> where the published pipeline has it; emoji-clip and emoji-judge lie beside the pipeline."""
+HISTORY = "training.json"
+"""In the folder of a part or of a published pipeline: the runs of every stage that made it."""
+Runs = dict[str, list[dict[str, Any]]]
+"""Stage -> what its runs were."""
 
 
-def command_line(about: str | None, *, steps: int, batch: int, lr: float, seed: int) -> argparse.ArgumentParser:
+def command_line(about: str | None, *, steps: int | None, batch: int, lr: float, seed: int) -> argparse.ArgumentParser:
     """Return the options that every trained stage has, with the stage's own defaults."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
@@ -63,7 +68,7 @@ def command_line(about: str | None, *, steps: int, batch: int, lr: float, seed: 
 
 def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Pool]:
     """Read the command line, seed torch with it, and return it with the pool."""
-    args = parser.parse_args()
+    args = arguments(parser)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads for a few short captions would only get in torch's way
     torch.manual_seed(args.seed)
     return args, Pool.load(args.data / "pool.npz")
@@ -89,19 +94,29 @@ def adopt(args: argparse.Namespace, stage: str, begins: Collection[str], parts: 
             f"--start {args.start} lacks {', '.join(PUBLISHED[name] for name in missing)}; "
             "name a published pipeline, such as checkpoints/emoji-sd"
         )
-    there = [name for name in parts if (args.data / name).exists()]
-    for name in there:
+    had = [name for name in parts if there(args.data / name)]
+    for name in had:
         if name != "judge" and folder_digest(args.data / name) != folder_digest(args.start / PUBLISHED[name]):
             raise Refused(
                 f"{args.data / name} is not the {name} that {args.start} was trained with; remove it to use that of "
                 f"{args.start}, or leave --start out"
             )
     with whole_folders(args.data / f"part.{stage}", args.data) as new:
-        for name in set(parts) - set(there):
+        for name in set(parts) - set(had):
             shutil.copytree(args.start / PUBLISHED[name], new / name)
-        told = args.start / "training.json"
-        if told.exists() and not (args.data / "training.json").exists():
-            shutil.copy(told, new / "training.json")
+            if runs := history(args.start, name):
+                tell(new / name, {name: runs})
+
+
+def history(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """Return a stage's runs as they are told beside what they made; none where nothing is told."""
+    told = folder / HISTORY
+    return json.loads(told.read_text()).get(stage, []) if told.exists() else []
+
+
+def tell(folder: Path, runs: Runs) -> None:
+    """Write beside a part the runs that made it."""
+    (folder / HISTORY).write_text(json.dumps(runs, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -121,11 +136,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a stage is trained on, name -> hash, and the arguments that are the stage's own; kept with its state."""
+    """What a stage is trained on, name -> hash, and the arguments that are the stage's own; kept with its state.
+
+    `changed` says that they may differ from the state's; `start` is the published pipeline that it begins from.
+    """
 
     made_from: Mapping[str, str]
     arguments: Mapping[str, Any]
     changed: bool = False
+    start: Path | None = None
 
     @staticmethod
     def of(args: argparse.Namespace, recipe: Recipe, **made_from: str) -> Origin:
@@ -137,7 +156,7 @@ class Origin:
             if name not in common and value is not None and value is not False
         }
         told = {name: value.name if isinstance(value, Path) else value for name, value in own.items()}
-        return Origin(made_from, told, args.changed)
+        return Origin(made_from, told, args.changed, args.start)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -146,20 +165,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return recipe.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def histories(data: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return every stage's runs: as published with what the data began from, then as the states here tell."""
-    published = data / "training.json"
-    told = json.loads(published.read_text()) if published.exists() else {}
-    for path in sorted(data.glob("state/*/state.safetensors")):
-        told[path.parent.name] = json.loads(_metadata(path).get("history", "[]"))
-    return told
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as stored:
-        return stored.metadata()
 
 
 class Stage:
@@ -183,16 +188,41 @@ class Stage:
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), fused=True)
         self.step = 0
         self._signal: int | None = None
-        need(data, 24 * sum(p.numel() for p in model.parameters()))  # weights, average, two moments; then the folders
-        self.history: list[dict[str, Any]] = histories(data).get(name, [])
+        # a state is weights, average and two moments, and there are two while one is written; then the part, twice too
+        need(data, 40 * sum(p.numel() for p in model.parameters()))
+        self._before = history(self.origin.start, name) if self.origin.start else []
         if self.path.exists():
             self._resume()
-        self._begun_at, self._begun = self.step, time.perf_counter()
+        self._begun_at = self.step
+        self._begun = self._ended = time.perf_counter()
 
     @property
     def finished(self) -> bool:
         """Whether there is no step left to take."""
         return self.step >= self.recipe.steps
+
+    @property
+    def runs(self) -> Runs:
+        """The runs that led to the weights as they are, this one too, under the stage's name."""
+        if self.step == self._begun_at:
+            return {self.name: self._before}
+        this = {
+            "from": self._begun_at,
+            "to": self.step,
+            "minutes": round((self._ended - self._begun) / 60, 1),
+            "recipe": asdict(self.recipe),
+            "arguments": dict(self.origin.arguments),
+            "made_from": dict(self.origin.made_from),
+        }
+        return {self.name: [*self._before, this]}
+
+    def made(self, folder: Path) -> bool:
+        """Say so and return True where no step is left to take and a part is what all of them made."""
+        runs = self.runs[self.name]
+        made = self.finished and bool(runs) and history(folder, self.name) == runs
+        if made:
+            print(f"{self.name}: all {self.step} steps are taken, and {folder} was made by them", flush=True)
+        return made
 
     def run(
         self, loss_of: Callable[[np.random.Generator], torch.Tensor], report: Callable[[], str] | None = None
@@ -266,6 +296,7 @@ class Stage:
         torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
         self.optimizer.step()
         self.step += 1
+        self._ended = time.perf_counter()
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         learned = [parameter.detach() for parameter in self.learned.values()]
         torch._foreach_lerp_([self.average[name] for name in self.learned], learned, 1 - decay)
@@ -279,17 +310,6 @@ class Stage:
             flush=True,
         )
 
-    def _this_run(self) -> dict[str, Any]:
-        """Return what this run adds to the history."""
-        return {
-            "from": self._begun_at,
-            "to": self.step,
-            "minutes": round((time.perf_counter() - self._begun) / 60, 1),
-            "recipe": asdict(self.recipe),
-            "arguments": dict(self.origin.arguments),
-            "made_from": dict(self.origin.made_from),
-        }
-
     def _save(self) -> None:
         given = {k for k, _ in self.model.named_parameters()} - set(self.learned)
         tensors = {f"weights.{k}": v for k, v in self.model.state_dict().items() if k not in given}
@@ -300,13 +320,16 @@ class Stage:
             "step": str(self.step),
             "recipe": json.dumps(asdict(self.recipe)),
             "made_from": json.dumps(dict(self.origin.made_from)),
-            "history": json.dumps([*self.history, self._this_run()]),
+            "history": json.dumps(self.runs[self.name]),
         }
         with whole(self.path) as partial:
             save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, partial, metadata)
 
     def _resume(self) -> None:
-        metadata = _metadata(self.path)
+        with safe_open(self.path, "pt") as stored:
+            metadata = stored.metadata()
+        self._before = json.loads(metadata.get("history", "[]"))
+        self.step = int(metadata["step"])
         self._refuse_changes(metadata)
         tensors = load_file(self.path, device=str(self.device))
 
@@ -325,12 +348,16 @@ class Stage:
             slots.setdefault(int(index), {})[name] = value
         state = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-        self.step = int(metadata["step"])
 
     def _refuse_changes(self, metadata: Mapping[str, str]) -> None:
-        """Print in what recipe and data differ from those of the state; refuse unless the change was asked for."""
-        stored = json.loads(metadata["recipe"]) | json.loads(metadata.get("made_from", "{}"))
-        asked = asdict(self.recipe) | dict(self.origin.made_from)
+        """Print in what recipe, arguments and data differ from those of the state.
+
+        Refuses unless the change was asked for and there are steps left to take with it.
+        """
+        given = self._before[-1]["arguments"] if self._before else {}
+        stored = json.loads(metadata["recipe"]) | given | json.loads(metadata.get("made_from", "{}"))
+        # the hash of a folder comes after, and so in place of, the folder's name among the arguments
+        asked = asdict(self.recipe) | dict(self.origin.arguments) | dict(self.origin.made_from)
         differs = [name for name in asked if name in stored and name not in MAY_CHANGE and asked[name] != stored[name]]
         for name in differs:
             print(f"{self.name}: {name} is {asked[name]}, the state was trained with {stored[name]}", flush=True)
@@ -338,4 +365,9 @@ class Stage:
             raise Refused(
                 f"{self.name}: {', '.join(differs)} changed since {self.path} was saved; give --changed to go on "
                 "all the same, restore what changed, or remove the state to begin anew"
+            )
+        if differs and self.finished:
+            raise Refused(
+                f"{self.name}: all {self.step} steps were taken before {', '.join(differs)} changed; ask for more "
+                f"--steps than {self.step}, or remove {self.path} to begin anew"
             )

@@ -21,6 +21,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from catalogue import STYLES, THINGS
     from drawings import PACKAGES
     from pages import Drawings, Page, draw_page
+    from pool import Pool
 
     folder = tmp_path_factory.mktemp("emoji")
     y, x = np.mgrid[:128, :128]
@@ -34,12 +35,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     few = [disc() for _ in range(8)]
     things = np.stack([np.stack([few[(i + d) % 7] for i in range(len(THINGS))]) for d in range(len(PACKAGES))])
-    np.savez(folder / "drawings.npz", things=things, others=np.stack(few * 2), designers=np.array(list(PACKAGES)))
+    told = {"labels": [t.label for t in THINGS], "designers": list(PACKAGES)}
+    np.savez(folder / "drawings.npz", things=things, others=np.stack(few * 2), **told)
     drawings = Drawings(folder / "drawings.npz")
     pages = [Page((i,), i % len(STYLES)) for i in range(20)] + [Page((i, i + 1), i) for i in range(4)]
     images = np.stack([draw_page(drawings, page, np.random.default_rng(i)) for i, page in enumerate(pages)])
     columns = np.array([(*(*p.things, -1)[:2], p.style) for p in pages], np.int16)
-    np.savez(folder / "pool.npz", images=images, first=columns[:, 0], second=columns[:, 1], style=columns[:, 2])
+    Pool(images, columns[:, 0], columns[:, 1], columns[:, 2], drawings.digest()).save(folder / "pool.npz")
     return folder
 
 
@@ -102,7 +104,7 @@ def trained(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         patch.setattr(make, "run", in_this_process)
-        run(patch, "make", "--data", str(data), "--from", "clip")
+        run(patch, "make", "--data", str(data))
     assert ran == ["train_clip", "train_vae", "train_judge", "train_unet", "train_clip", "publish"]
     return data, models
 

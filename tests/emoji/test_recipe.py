@@ -72,6 +72,8 @@ def test_a_tower_that_is_given_wins_over_an_older_state(trained: Trained, data: 
     text.save_pretrained(data / "text")
     with pytest.raises(SystemExit, match=r"text changed since .* --changed"):
         stage("train_clip", data, "--text", str(data / "text"), "--steps", "3")
+    with pytest.raises(SystemExit, match=r"all 2 steps were taken before text changed; ask for more --steps than 2"):
+        stage("train_clip", data, "--text", str(data / "text"), "--changed")
     stage("train_clip", data, "--text", str(data / "text"), "--steps", "3", "--changed")
     clip, given = (tower(part) for part in towers(data))
     assert all(torch.equal(clip[name], given[name]) for name in given)
@@ -91,13 +93,19 @@ def test_publishing_refuses_a_clip_with_another_tower_and_a_missing_card(
     text.save_pretrained(data / "text")
     with pytest.raises(SystemExit, match=r"text tower of .* is not .*run train_clip.py --text"):
         stage("publish", data, "--out", str(models))
+    shutil.rmtree(data / "text")
+    shutil.copytree(trained[0] / "text", data / "text")
+    shutil.rmtree(data / "vae")
+    shutil.copytree(trained[0] / "judge", data / "vae")
+    with pytest.raises(SystemExit, match=r"judge was trained on another vae than .*vae; train it on this one"):
+        stage("publish", data, "--out", str(models))
     (models / "emoji-clip" / "README.md").unlink()
     with pytest.raises(SystemExit, match=r"emoji-clip/README.md is missing"):
         stage("publish", data, "--out", str(models))
     shutil.rmtree(data / "judge")
     with pytest.raises(SystemExit, match=r"there is no judge .* run train_judge.py first"):
         stage("publish", data, "--out", str(models))
-    assert (models / "emoji-judge" / "config.json").exists() and not (data / "part.publish").exists()
+    assert (models / "emoji-judge" / "config.json").exists() and not (models / "part.publish").exists()
 
 
 def test_publishing_that_fails_leaves_what_was_published(
@@ -111,7 +119,7 @@ def test_publishing_that_fails_leaves_what_was_published(
     with pytest.raises(SystemExit, match="1,000 are allowed"):
         stage("publish", data, "--out", str(models))
     assert before == {file: file.stat().st_mtime_ns for file in models.rglob("*")}
-    assert not (data / "part.publish").exists()
+    assert not (models / "part.publish").exists()
 
 
 def test_published_weights_drawings_and_pool_are_enough_to_go_on(
@@ -129,14 +137,16 @@ def test_published_weights_drawings_and_pool_are_enough_to_go_on(
     assert all(torch.equal(told[name].float(), value.float()) for name, value in unet.state_dict().items())
     told = tower(CLIPTextModel.from_pretrained(trained[1] / "emoji-sd", subfolder="text_encoder"))
     assert all(torch.equal(told[name], value) for name, value in tower(text).items())
+    assert (data / "vae" / "training.json").read_text() == (trained[0] / "vae" / "training.json").read_text()
 
     stage("train_unet", data, *start, "--steps", "1")
     with pytest.raises(SystemExit, match=r"unet.state.safetensors exists; remove it .* or leave --start out"):
         stage("train_unet", data, *start)
     stage("train_unet", data, "--steps", "2")
-    from training import histories
+    from training import history
 
-    runs = [(run["from"], run["to"], run["arguments"].get("start")) for run in histories(data)["unet"]]
+    runs = [(run["from"], run["to"], run["arguments"].get("start")) for run in history(data / "unet", "unet")]
+    assert history(data / "unet", "clip") == history(trained[0] / "unet", "clip") != []
     assert runs == [(0, 2, None), (0, 1, "emoji-sd"), (1, 2, None)]  # the first is the published one's
 
 
@@ -170,11 +180,27 @@ def test_a_start_that_is_no_pipeline_or_goes_with_another_autoencoder_is_refused
         stage("train_unet", data, "--start", str(trained[1] / "emoji-sd"))
 
 
-def test_a_finished_autoencoder_keeps_its_scale_on_a_later_pool(
+def test_a_stage_that_is_finished_leaves_what_it_made(
+    trained: Trained, data: Path, small: None, stage: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_judge
+    import train_unet
+
+    shutil.rmtree(data)
+    shutil.copytree(trained[0], data)
+    before = {file: file.stat().st_mtime_ns for file in data.rglob("*")}
+    for module, slow in ((train_judge, "exam"), (train_judge, "lessons"), (train_unet, "encode_pool")):
+        monkeypatch.delattr(module, slow)
+    for module in ("train_vae", "train_judge", "train_unet"):
+        stage(module, data)
+    stage("train_clip", data, "--text", str(data / "text"))
+    assert before == {file: file.stat().st_mtime_ns for file in data.rglob("*")}
+
+
+def test_an_autoencoder_is_scaled_for_the_pool_it_last_learned(
     trained: Trained, data: Path, stage: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train_vae
-    from files import folder_digest
 
     for name in ("vae", "state"):
         shutil.copytree(trained[0] / name, data / name)
@@ -184,8 +210,6 @@ def test_a_finished_autoencoder_keeps_its_scale_on_a_later_pool(
     with pytest.raises(SystemExit, match="pool changed since"):
         stage("train_vae", data)
     monkeypatch.setattr(train_vae, "scale_of", lambda vae, images: 7.0)
-    stage("train_vae", data, "--changed")
-    assert folder_digest(data / "vae") == folder_digest(trained[0] / "vae")
     stage("train_vae", data, "--changed", "--steps", "3")
     assert json.loads((data / "vae" / "config.json").read_text())["scaling_factor"] == 7.0
 
@@ -194,6 +218,35 @@ def test_a_finished_autoencoder_keeps_its_scale_on_a_later_pool(
 def test_a_missing_pool_is_said(tmp_path: Path, stage: Run, module: str) -> None:
     with pytest.raises(SystemExit, match=r"there is no pool.npz in .*; run pool.py first"):
         stage(module, tmp_path)
+
+
+def test_a_batch_and_a_pool_that_cannot_be_learned_from_are_refused(data: Path, stage: Run) -> None:
+    with pytest.raises(SystemExit, match="--batch is 25, the pool has 24 pages; give no more"):
+        stage("train_clip", data, "--batch", "25")
+    with pytest.raises(SystemExit, match=r"--scenes is 0; later stages learn .* give 1 or more"):
+        stage("pool", data, "--scenes", "0")
+
+
+def test_drawings_and_pools_of_another_catalogue_or_of_other_drawings_are_refused(
+    data: Path, stage: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import make
+    import pages
+    import pool
+
+    assert make.drawn("drawings", data) and make.drawn("pool", data)
+    with np.load(data / "drawings.npz") as stored:
+        drawings = dict(stored)
+    np.savez(data / "drawings.npz", **{**drawings, "others": 255 - drawings["others"]})
+    assert make.drawn("drawings", data) and not make.drawn("pool", data)
+    with pytest.raises(SystemExit, match=r"pool.npz was drawn from other drawings than are there; run pool.py again"):
+        stage("train_judge", data)
+    monkeypatch.setattr(pool, "STYLES", pool.STYLES[::-1])
+    with pytest.raises(SystemExit, match=r"pool.npz shows other things or styles than .* run pool.py again"):
+        stage("train_vae", data)
+    monkeypatch.setattr(pages, "THINGS", pages.THINGS[::-1])
+    with pytest.raises(SystemExit, match=r"drawings.npz shows other things than .* run drawings.py again"):
+        pages.Drawings(data / "drawings.npz")
 
 
 def test_missing_drawings_and_too_little_room_are_said(data: Path, stage: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +296,10 @@ def test_a_judge_is_examined_anew_without_training(trained: Trained, data: Path,
     figures = {*("thing", "thing_and_sure", "style", "n", "outside_taken", "n_outside")}
     on_halves = {*("half_thing", "half_thing_and_sure", "half_style", "half_n")}
     assert set(again["exam"]) == figures | on_halves | {"drawings_taken", "smears_taken", "noise_taken"}
+    assert (data / "judge" / "training.json").read_text() == (trained[0] / "judge" / "training.json").read_text()
     assert not (data / "state").exists()
+    with pytest.raises(SystemExit, match=r"--examine is of the judge in .*, --start trains another; give one"):
+        stage("train_judge", data, "--examine", "--start", str(trained[1] / "emoji-sd"))
 
 
 def test_no_drawing_fixes_the_threshold_and_is_reported_on(data: Path) -> None:
@@ -256,23 +312,65 @@ def test_no_drawing_fixes_the_threshold_and_is_reported_on(data: Path) -> None:
     assert all(part.start % 2 == 0 and len(part) for part in (learned, fixing, reported))  # two drawings of an emoji
 
 
-def test_quality_tells_its_figures_and_draws_any_number_of_scenes(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_quality_tells_its_figures_on_a_part_of_the_grid(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import sys
 
     import quality
 
-    measured = ["--model", str(trained[1] / "emoji-sd"), "--sheets", str(tmp_path), "--device", "cpu"]
+    measured = ["--model", str(trained[1] / "emoji-sd"), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["quality", *measured, "--steps", "1", "--every", "101", "--scenes", "7"])
     quality.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(told) == {"thing", "style", "unseen_pairs", "implied", "hypernyms", "scenes", "n"}
-    assert (tmp_path / "scenes.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--model", "nowhere"), "--model nowhere holds no pipeline; name a published one"),
+        (("--every", "0"), "--every is 0; give 1 for the whole grid"),
+        (("--every", "2", "--sheets", "here"), "--sheets show the whole grid, --every 2 draws a part of it"),
+    ],
+)
+def test_quality_refuses_what_it_cannot_measure(
+    monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], said: str
+) -> None:
+    import sys
+
+    import quality
+
+    monkeypatch.setattr(sys, "argv", ["quality", *asked])
+    with pytest.raises(SystemExit, match=said):
+        quality.main()
+
+
+def test_a_model_that_names_no_judge_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    import quality
+
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["quality", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"vocabulary.json names no judge; name a model whose vocabulary does"):
+        quality.main()
+
+
+def test_a_part_of_the_grid_holds_every_style() -> None:
+    import quality
+    from catalogue import STYLES
+
+    cells = quality.grid()
+    few = quality.some(cells, 10)
+    assert len(few) == len(cells) // 10 and {style for _, style, _ in few} == set(range(len(STYLES)))
+    assert quality.some(cells, 1) == cells
 
 
 def test_an_unseen_pair_is_right_if_thing_and_style_are(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import sys
     from types import SimpleNamespace
@@ -293,10 +391,14 @@ def test_an_unseen_pair_is_right_if_thing_and_style_are(
         def halves(self, images: np.ndarray) -> tuple[SimpleNamespace, SimpleNamespace]:
             return self(images), self(images)
 
-    monkeypatch.setattr(quality, "painter", lambda args: lambda prompts, seed: np.zeros((len(prompts), 64, 64, 3)))
+    def blank(prompts: list[str], seed: int) -> np.ndarray:
+        return np.zeros((len(prompts), 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(quality, "painter", lambda args: blank)
     monkeypatch.setattr(quality, "load_judge", lambda model: Judge())
-    monkeypatch.setattr(sys, "argv", ["quality", "--scenes", "3"])
+    monkeypatch.setattr(sys, "argv", ["quality", "--scenes", "3", "--sheets", str(tmp_path)])
     quality.main()
+    assert (tmp_path / "scenes.jpg").exists() and (tmp_path / "things-1.jpg").exists()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["thing"] == told["implied"] == told["scenes"] == 1 and told["hypernyms"] == 0
     assert 0 < told["unseen_pairs"] < 0.2
@@ -338,6 +440,17 @@ def test_the_pool_shows_every_trained_pair_and_scenes(data: Path, stage: Run, mo
     pages = [drawn.page(i) for i in range(len(drawn))]
     assert pages[:-2] == trained and all(len(page.things) == 2 for page in pages[-2:])
     assert drawn.images.shape == (len(pages), 64, 64, 3)
+
+
+def test_a_missing_renderer_is_said_before_anything_is_fetched(
+    tmp_path: Path, stage: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(SystemExit, match=r"resvg_py is missing; install it with: pip install -e '.\[emoji\]'"):
+        stage("drawings", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_drawings_hold_every_thing_by_every_designer_and_others(

@@ -26,9 +26,9 @@ def toy(folder: Path, steps: int = 4, model: torch.nn.Module | None = None, **ch
     model = model or torch.nn.Linear(4, 3)
     told = {"batch": 2, "lr": 0.1, "warmup": 1, "save_every": 2}
     made_from = changes.pop("made_from", {"pool": "one"})
-    changed = changes.pop("changed", False)
+    changed, own = changes.pop("changed", False), changes.pop("arguments", {"scenes": 0.33})
     recipe = Recipe(steps=steps, **{**told, **changes})
-    stage = Stage("toy", model, recipe, folder, Origin(made_from, {"scenes": 0.33}, changed))
+    stage = Stage("toy", model, recipe, folder, Origin(made_from, own, changed))
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         return model(torch.from_numpy(rng.normal(size=(2, 4))).float()).pow(2).sum()
@@ -83,31 +83,47 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
 
 
 def test_every_run_is_remembered(tmp_path: Path) -> None:
-    from training import histories
-
     train(tmp_path, 2)
     train(tmp_path, 2)  # nothing to do, nothing to tell
     train(tmp_path, 5, lr=0.2)
-    first, second = histories(tmp_path)["toy"]
+    first, second = toy(tmp_path)[0].runs["toy"]
     assert (first["from"], first["to"], second["from"], second["to"]) == (0, 2, 2, 5)
     assert first["recipe"]["lr"] == 0.1 and second["recipe"]["lr"] == 0.2
     assert second["made_from"] == {"pool": "one"} and second["arguments"] == {"scenes": 0.33}
 
 
 def test_a_state_of_before_there_was_a_history_is_gone_on_with(tmp_path: Path) -> None:
-    from training import histories
-
     train(tmp_path, 2)
     with safe_open(state(tmp_path), "pt") as stored:
         told = stored.metadata()
     save_file(load_file(state(tmp_path)), state(tmp_path), {"step": told["step"], "recipe": told["recipe"]})
-    assert histories(tmp_path)["toy"] == []
+    assert toy(tmp_path)[0].runs["toy"] == []
     train(tmp_path, 4, made_from={"pool": "another"})
-    assert [(run["from"], run["to"]) for run in histories(tmp_path)["toy"]] == [(2, 4)]
+    assert [(run["from"], run["to"]) for run in toy(tmp_path, made_from={"pool": "another"})[0].runs["toy"]] == [(2, 4)]
+
+
+def test_a_part_is_told_from_one_that_an_earlier_state_made(tmp_path: Path) -> None:
+    from training import tell
+
+    part = tmp_path / "part"
+    part.mkdir()
+    stage, loss_of = toy(tmp_path, 2)
+    assert not stage.made(part)
+    stage.run(loss_of)
+    tell(part, stage.runs)
+    assert stage.made(part) and toy(tmp_path, 2)[0].made(part) and not toy(tmp_path, 4)[0].made(part)
+    train(tmp_path, 4)
+    assert not toy(tmp_path, 4)[0].made(part)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"batch": 3}, "batch"), ({"seed": 1}, "seed"), ({"made_from": {"pool": "two"}}, "pool")]
+    ("changes", "said"),
+    [
+        ({"batch": 3}, "batch"),
+        ({"seed": 1}, "seed"),
+        ({"made_from": {"pool": "two"}}, "pool"),
+        ({"arguments": {"scenes": 0.5}}, "scenes"),
+    ],
 )
 def test_another_recipe_or_other_data_has_to_be_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
@@ -116,6 +132,8 @@ def test_another_recipe_or_other_data_has_to_be_asked_for(
     with pytest.raises(SystemExit, match=f"{said} changed since .* give --changed"):
         train(tmp_path, 4, **changes)
     assert f"toy: {said} is " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"all 2 steps were taken before {said} changed; ask for more --steps than 2"):
+        train(tmp_path, 2, changed=True, **changes)
     train(tmp_path, 4, changed=True, **changes)
 
 
@@ -192,15 +210,29 @@ def test_make_passes_a_signal_on_and_leaves_with_the_status_of_its_stage(tmp_pat
     assert running.wait(60) == 128 + signal.SIGTERM and (tmp_path / "saved").exists()
 
 
+def test_a_stage_has_a_session_of_its_own() -> None:
+    import make
+
+    handlers = [signal.getsignal(number) for number in make.SIGNALS]
+    assert make.run([sys.executable, "-c", "import os, sys; sys.exit(os.getsid(0) != os.getpid())"]) == 0
+    assert handlers == [signal.getsignal(number) for number in make.SIGNALS]
+
+
 def test_make_stops_at_a_stage_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import make
 
-    monkeypatch.setattr(make, "run", lambda command: 3)
-    monkeypatch.setattr(sys, "argv", ["make", "--data", str(tmp_path), "--from", "vae"])
-    with pytest.raises(SystemExit) as left:
-        make.main()
+    commands: list[list[str]] = []
+    monkeypatch.setattr(make, "run", lambda command: commands.append(command) or 3)
+    options = ["--device", "cpu", "--start", "checkpoints/emoji-sd"]
+    monkeypatch.setattr(sys, "argv", ["make", "--data", str(tmp_path), "--from", "vae", *options])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            make.main()
+        (tmp_path / "state" / "vae").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "state" / "vae" / "state.safetensors").touch()
+    assert [command[4:] for command in commands] == [options, options[:2]]  # a stage that has begun has no other start
     assert left.value.code == 3 and "vae stopped with status 3; run again with --from vae" in capsys.readouterr().err
 
 
@@ -250,3 +282,57 @@ def test_folders_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.Mo
         for name in ("text", "unet"):
             write(new / name, "newer")
     assert folders(target) == {"text": "new", "unet": "new"} and not staged.exists()
+
+
+def test_folders_set_aside_by_a_run_that_was_killed_are_put_back(tmp_path: Path) -> None:
+    import files
+
+    staged, target = tmp_path / "part.x", tmp_path / "target"
+    write(staged / "old" / "text", "old")
+    write(staged / "old" / "unet", "old")
+    write(target / "unet", "half-copied")
+    with pytest.raises(KeyboardInterrupt), files.whole_folders(staged, target):
+        assert folders(target) == {"text": "old", "unet": "old"}
+        raise KeyboardInterrupt
+    assert folders(target) == {"text": "old", "unet": "old"} and not staged.exists()
+
+
+def test_a_program_that_is_terminated_leaves_as_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    import files
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    try:
+        files.arguments(argparse.ArgumentParser())
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+def test_long_work_tells_how_much_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    import files
+
+    assert list(files.counted("abc", "letters", seconds=0)) == ["a", "b", "c"]
+    assert capsys.readouterr().out == "letters: 1 of 3, 0.0 min left\nletters: 2 of 3, 0.0 min left\n"
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    import files
+
+    (tmp_path / "pool.npz").write_bytes(b"PK damaged")
+    with pytest.raises(SystemExit, match=r"pool.npz is damaged or of an older make .* run pool.py again"):
+        files.arrays(tmp_path / "pool.npz", "pool.py", ["images"])
+    np.savez(tmp_path / "pool.npz", images=np.zeros(3))
+    with pytest.raises(SystemExit, match=r"pool.npz is damaged or of an older make .*style.* run pool.py again"):
+        files.arrays(tmp_path / "pool.npz", "pool.py", ["images", "style"])
+    with pytest.raises(SystemExit, match=r"pool.npz is a file; name a folder"):
+        files.need(tmp_path / "pool.npz", 1)
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(SystemExit, match=r"tokenizer.json is missing; remove .*vae and run the stage"):
+        files.folder_digest(tmp_path / "vae")
+    with pytest.raises(SystemExit, match=r"there is no vae in .*; run train_vae.py first"):
+        files.made_by("train_vae.py", tmp_path / "vae")
