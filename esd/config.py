@@ -75,6 +75,14 @@ class ObjectiveConfig:
         "space whose squared error is minimised; native is the model's own",
         one_of=("native", "eps", "v", "x0", "min_snr"),
     )
+    null: str | None = option(
+        None,
+        "what the null prompt is; null takes the model's own, which is zeros for SDXL and empty for all others",
+        one_of=("zeros", "empty"),
+    )
+    embedded_guidance: float = option(
+        1.0, "guidance scale that teacher and student are told, on a model distilled for one (FLUX.1-dev)", at_least=0
+    )
 
 
 @dataclass
@@ -107,7 +115,12 @@ class TrajectoryConfig:
         one_of=("student", "teacher"),
     )
     num_steps: int = option(20, "sampling steps of a rollout", at_least=1, at_most=1000)
-    guidance_scale: float = option(3.0, "classifier-free guidance while sampling x_t", at_least=0)
+    guidance_scale: float = option(
+        3.0, "guidance while sampling x_t; 1 or less is none. FLUX.1-dev is told this scale", at_least=0
+    )
+    negative: str | None = option(
+        None, "negative prompt while sampling x_t; null is the objective's", one_of=("zeros", "empty")
+    )
     time_rule: str = option(
         "visited",
         "which t goes with x_t; the other rules are upstream's",

@@ -51,6 +51,9 @@ class Objective:
         eta: erasing guidance η, finite and >= 0. The paper's is 1.
         weighting: the space whose mean squared error is minimised: "native" (the model's own
             parametrisation), "eps", "v", "x0", or "min_snr" (x0 error weighted by min(SNR, 5)).
+        null: what the null prompt is, "empty" or "zeros"; None for what the model's pipeline takes.
+        embedded_guidance: the scale that teacher and student are told, on models distilled for one
+            (FLUX.1-dev), finite and >= 0. Upstream's is 1, whatever x_t was sampled with.
 
     Raises:
         UserError: a field is outside its range.
@@ -59,13 +62,17 @@ class Objective:
     anchor: Anchor = "null"
     eta: float = 1.0
     weighting: Weighting = "native"
+    null: Literal["zeros", "empty"] | None = None
+    embedded_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         for field, allowed in (("anchor", get_args(Anchor)), ("weighting", get_args(Weighting))):
             if getattr(self, field) not in allowed:
                 raise UserError(f"objective.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
-        if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise UserError(f"objective.eta is {self.eta}; it must be a finite number >= 0, such as 1")
+        for field in ("eta", "embedded_guidance"):
+            number = getattr(self, field)
+            if not (math.isfinite(number) and number >= 0):
+                raise UserError(f"objective.{field} is {number}; it must be a finite number >= 0, such as 1")
 
 
 def target(anchor: Tensor, concept: Tensor, null: Tensor, *, eta: float) -> Tensor:

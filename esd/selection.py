@@ -5,6 +5,7 @@
                                      attn1 for self)
     cross.k + cross.v                its key and value projections
     up.cross - up[0].cross           ... in the up stack, but not in its first block
+    double.text.joint.add_k          MMDiT: the text stream's keys, in the joint attention of double-stream blocks
     down[0:2].self.v                 a half-open range of blocks, as in Python; down.0:2.self.v is the same
     name:*attn2.to_k*                a glob on full parameter names
     (linear + conv) - cross          kinds of module; parentheses group
@@ -30,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from .errors import UserError
 
@@ -84,6 +86,7 @@ class Selection:
         share: numel over that of the whole denoiser, in (0, 1].
         model: class name of the denoiser.
         table: (role, tensors, values) of each stack and part.
+        notes: what the presets in it mean on this architecture, where that needs saying.
     """
 
     expression: str
@@ -92,6 +95,7 @@ class Selection:
     share: float
     model: str
     table: tuple[tuple[str, int, int], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -99,14 +103,21 @@ class Selection:
         return f"{self.expression}: {len(self.names)} tensors, {self.numel:,} values, {self.share:.1%} of {self.model}"
 
     def describe(self) -> str:
-        """The summary and, below it, one line for each stack and part."""
+        """The summary and, below it, one line for each stack and part and each note."""
         width = max(len(role) for role, _, _ in self.table)
         rows = [f"  {role:<{width}}  {tensors:>5} tensors  {numel:>13,}" for role, tensors, numel in self.table]
-        return "\n".join([self.summary, *rows])
+        return "\n".join([self.summary, *rows, *(f"  {note}" for note in self.notes)])
 
 
 def resolve(
-    expression: str, infos: Sequence[ParameterInfo], presets: Mapping[str, Preset], model_name: str
+    expression: str,
+    infos: Sequence[ParameterInfo],
+    presets: Mapping[str, Preset],
+    model_name: str,
+    *,
+    aliases: Mapping[str, str] = ALIASES,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    absent: Mapping[str, str] = MappingProxyType({}),
 ) -> Selection:
     """The parameters that an expression names.
 
@@ -115,11 +126,15 @@ def resolve(
         infos: every parameter of the denoiser, in its order.
         presets: expressions or predicates by name.
         model_name: class name of the denoiser, for messages.
+        aliases: the architecture's other words for roles.
+        notes: what presets mean on it; those of the presets used go into the selection.
+        absent: roles it has not, with the hint that their error gives.
 
     Raises:
         SelectionError: the expression is malformed, one of its patterns matches nothing, or nothing is left.
     """
-    names = _Parser(expression, infos, presets, model_name).parse()
+    parser = _Parser(expression, infos, presets, model_name, aliases, absent)
+    names = parser.parse()
     chosen = [info for info in infos if info.name in names]
     if not chosen:
         raise SelectionError(f"selection {expression!r} leaves nothing of {model_name}; remove a '-' or '&' term")
@@ -136,6 +151,7 @@ def resolve(
         share=numel / sum(info.numel for info in infos),
         model=model_name,
         table=tuple((role, *counts) for role, counts in table.items()),
+        notes=tuple(f"{name}: {notes[name]}" for name in dict.fromkeys(parser.used) if name in notes),
     )
 
 
@@ -156,9 +172,17 @@ class _Parser:
     """
 
     def __init__(
-        self, expression: str, infos: Sequence[ParameterInfo], presets: Mapping[str, Preset], model_name: str
+        self,
+        expression: str,
+        infos: Sequence[ParameterInfo],
+        presets: Mapping[str, Preset],
+        model_name: str,
+        aliases: Mapping[str, str],
+        absent: Mapping[str, str],
     ) -> None:
         self.expression, self.infos, self.presets, self.model_name = expression, infos, presets, model_name
+        self.aliases, self.absent = aliases, absent
+        self.used: list[str] = []  # presets, in the order read
         self.tokens = [operator or word for operator, word in _TOKEN.findall(expression.strip())]
         self.at = 0
         self.words = {slot: {getattr(info, slot) for info in infos} - {None} for slot in SLOTS}
@@ -207,8 +231,9 @@ class _Parser:
         """The parameters one pattern names: a preset, `all`, a name glob or a role path."""
         if token in self.presets:
             preset = self.presets[token]
+            self.used.append(token)
             if isinstance(preset, str):
-                return _Parser(preset, self.infos, {}, self.model_name).parse()
+                return _Parser(preset, self.infos, {}, self.model_name, self.aliases, self.absent).parse()
             found = [info for info in self.infos if preset(info)]
         elif token == "all":
             found = list(self.infos)
@@ -231,7 +256,7 @@ class _Parser:
             match = _WORD.match(piece)
             if not match:
                 raise self.no_word(piece)
-            word = ALIASES.get(match["word"], match["word"])
+            word = self.aliases.get(match["word"], match["word"])
             slot = next((i for i in range(after, len(SLOTS)) if word in self.words[SLOTS[i]]), None)
             if slot is None:
                 raise self.nothing(token, match["word"])
@@ -262,9 +287,10 @@ class _Parser:
             known = [info.name for info in self.infos]
             near = get_close_matches(token.removeprefix("name:").strip("*"), known, n=3, cutoff=0.5)
         elif word:
-            words = sorted({*self.presets, *ALIASES, "all"}.union(*self.words.values()))
+            words = sorted({*self.presets, *self.aliases, "all"}.union(*self.words.values()))
             near = get_close_matches(word, words, n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(sorted(near))}" if near else self.choices()
+        hint = self.absent.get(word or "", hint)
         return SelectionError(f"selection {token!r} matched nothing in {self.model_name}; {hint}")
 
     def choices(self) -> str:

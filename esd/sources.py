@@ -10,10 +10,11 @@ x_t is the training point.
             of its guided batch *are* the teacher's predictions for the concept and for the null prompt, so
             they are free. Points of one rollout are correlated; `rollouts` and `reuse` say how much.
 
-Free predictions need all of this: the teacher samples; guidance is not 1 (else only the concept's is free);
-the objective's null is the rollout's negative prompt (here there is only one null); t is the visited time,
-not a jittered one; and the prompt is the one rolled out with (so `erase_from` and null are free, the concept
-costs a call). What is wanted and missing is computed, in batched calls.
+Free predictions need all of this: the teacher samples; there is classifier-free guidance (else only the
+concept's is free); the objective's null is the rollout's negative prompt; a model that is told its guidance
+scale is told the same while sampling and for the target; t is the visited time, not a jittered one; and the
+prompt is the one rolled out with (so `erase_from` and null are free, the concept costs a call). What is wanted
+and missing is computed, in batched calls.
 
 Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them.
 
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from . import seeding
 from .errors import UserError
-from .families.base import Conditioning, Denoiser, Family
+from .families.base import Conditioning, Denoiser, Family, Null
 from .objectives import Anchor
 from .trajectory import TimeRule, Times, Trajectory, predict_many, rollout, times
 
@@ -44,10 +45,11 @@ class Conditions:
 
     Attributes:
         concept: one row for each training prompt (P rows).
-        null: one row, the empty prompt's unless the objective says otherwise.
+        null: one row, that of `Family.null` for the objective.
         erase_from: P rows, or None: the prompts from which the concept is removed as an attribute.
         sample_with: x_t comes from a rollout with "erase_from" (where there is one) or always with the
             "concept", as alt_esd_diffusers.py does.
+        negative: one row, the negative prompt of rollouts; None for `null`.
 
     Raises:
         ValueError: the numbers of rows do not fit.
@@ -57,6 +59,7 @@ class Conditions:
     null: Conditioning
     erase_from: Conditioning | None = None
     sample_with: Literal["erase_from", "concept"] = "erase_from"
+    negative: Conditioning | None = None
 
     def __post_init__(self) -> None:
         if len(self.null) != 1 or (self.erase_from is not None and len(self.erase_from) != len(self.concept)):
@@ -126,11 +129,12 @@ class Sampling:
 
     Attributes:
         num_steps: of a whole rollout.
-        guidance_scale: of classifier-free guidance while sampling x_t (upstream: 3).
+        guidance_scale: of guidance while sampling x_t (upstream: 3), see `esd.trajectory.rollout`.
         time_rule: see `times`.
         scheduler: see `Family.scheduler`; None for the model's own.
         max_batch: most rows in one call of the denoiser, >= 2.
         size: edge in pixels of the square pictures rolled out; None for the model's own.
+        negative: the negative prompt, see `Family.null`; None for the objective's null.
 
     Raises:
         UserError: a value is out of range.
@@ -142,6 +146,7 @@ class Sampling:
     scheduler: str | None
     max_batch: int
     size: int | None
+    negative: Null | None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -202,7 +207,7 @@ class OnPolicy:
         self.wanted = wanted
         self.family, self.teacher, self.sampler = family, teacher, sampler
         self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
-        self.times = times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler))
+        self.times = _times(family, sampling)
 
     @torch.no_grad()
     def points(self, step: int, indices: Sequence[int]) -> Points:
@@ -262,7 +267,7 @@ class Bank:
         self.wanted = wanted
         self.family, self.teacher, self.sampler = family, teacher, sampler or teacher
         self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
-        self.times = times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler))
+        self.times = _times(family, sampling)
         self.rollouts, self.size = rollouts, rollouts * len(self.times.stops)
         self.updates_per_build = self.size * reuse // per_update
         if self.updates_per_build < 1:
@@ -331,11 +336,13 @@ class Bank:
             for source in seeding.generators(self.seed, "bank time", build, numbers)
             for low, width in zip(self.times.low, self.times.width, strict=True)
         ]
-        free: dict[str, Tensor] = {}
+        c, predictions = self.conditions, dict[str, Tensor | None]()
         if self.times.visited and self.sampler is self.teacher:
-            rolled = "erase_from" if self.conditions.rolled is self.conditions.erase_from else "concept"
-            predictions = {rolled: path.cond, "null": path.null}
-            free = {name: points(values) for name, values in predictions.items() if values is not None}
+            if self.family.with_guidance(c.rolled, self.sampling.guidance_scale) is c.rolled:
+                predictions["concept" if c.rolled is c.concept else "erase_from"] = path.cond
+            if c.negative is None:
+                predictions["null"] = path.null
+        free = {name: points(values) for name, values in predictions.items() if values is not None}
         x = points(torch.cat([path.inputs, path.final[None]]))
         t, prompts = torch.tensor(labels), prompt.repeat_interleave(len(stops))
         return _complete(self, x, t.to(x.device), prompts.to(x.device), free)
@@ -352,6 +359,12 @@ def dealt(seed: int, numbers: Sequence[int], count: int) -> Tensor:
     return torch.tensor([int(orders[number // count][number % count]) for number in numbers], dtype=torch.int64)
 
 
+def _times(family: Family, sampling: Sampling) -> Times:
+    """The training points of the rollouts that `sampling` describes."""
+    solver = family.scheduler(sampling.num_steps, sampling.scheduler, family.latent_shape(sampling.size))
+    return times(sampling.time_rule, solver)
+
+
 def _draw(times: Times, generator: torch.Generator) -> tuple[int, float]:
     """(choice, time label) of one sample."""
     k = seeding.below(generator, len(times.stops))
@@ -366,7 +379,7 @@ def _roll(source: OnPolicy | Bank, prompt: Tensor, noise: list[torch.Generator],
         source.sampler,
         source.family.initial_noise(noise, sampling.size),
         conditions.rolled[prompt],
-        conditions.null,
+        conditions.null if conditions.negative is None else conditions.negative,
         num_steps=sampling.num_steps,
         guidance_scale=sampling.guidance_scale,
         scheduler=sampling.scheduler,

@@ -278,7 +278,13 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         preserve_weight=config.preserve.weight,
         objective=Objective(**dataclasses.asdict(config.objective)),
         sampling=Sampling(
-            path.num_steps, path.guidance_scale, path.time_rule, path.scheduler, path.max_batch, path.size
+            path.num_steps,
+            path.guidance_scale,
+            path.time_rule,
+            path.scheduler,
+            path.max_batch,
+            path.size,
+            path.negative,
         ),
         sampler=path.sampler,
         sample_with=path.sample_with,

@@ -256,10 +256,22 @@ def point_sources(
     Preserved points are always the teacher's, and so is all they say: they are what must not change.
 
     Raises:
-        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the student
-            would fill a bank that lasts more than `MOST_STALE` updates.
+        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, the student would
+            fill a bank that lasts more than `MOST_STALE` updates, or the model knows no such null prompt or
+            embedded guidance.
     """
-    null = family.encode([""])
+    objective, told = plan.objective, plan.objective.embedded_guidance
+    if told != 1 and family.guidance != "distilled":
+        raise UserError(
+            f"objective.embedded_guidance={told:g}: {family.name} is not told a guidance scale; allowed: 1, and "
+            "trajectory.guidance_scale for sampling"
+        )
+    null = family.with_guidance(family.null(objective.null), told)
+    negative = family.null(plan.sampling.negative) if plan.sampling.negative else None
+
+    def encoded(prompts: Sequence[str]) -> Conditioning:
+        return family.with_guidance(family.encode(prompts), told)
+
     per_update = plan.batch_size * plan.gradient_accumulation * num_processes
 
     def source(conditions: Conditions, sampler: Any, seed: int, wanted: Collection[Anchor] = ALL) -> Source:
@@ -277,8 +289,8 @@ def point_sources(
             **how,
         )
 
-    erase_from = family.encode(plan.erase_from) if plan.erase_from else None
-    conditions = Conditions(family.encode(plan.prompts), null, erase_from, plan.sample_with)
+    erase_from = encoded(plan.erase_from) if plan.erase_from else None
+    conditions = Conditions(encoded(plan.prompts), null, erase_from, plan.sample_with, negative)
     erasing = source(conditions, student if plan.sampler == "student" else teacher, plan.seed)
     if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.updates_per_build > MOST_STALE:
         raise UserError(
@@ -288,7 +300,7 @@ def point_sources(
         )
     if not plan.preserve:
         return erasing, None
-    kept = Conditions(family.encode(plan.preserve), null)
+    kept = Conditions(encoded(plan.preserve), null, negative=negative)
     itself: tuple[Anchor, ...] = ("concept",)  # here the prompt to preserve
     return erasing, source(kept, teacher, seeding.derive(plan.seed, "preserve"), wanted=itself)
 
@@ -450,6 +462,12 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
     _, height, width = family.latent_shape(sampling.size)
     revision = f" at {family.base_revision}" if family.base_revision else ""
+    guidance = {
+        "cfg": f"at guidance {sampling.guidance_scale:g}" if sampling.guidance_scale > 1 else "without guidance",
+        "distilled": f"told guidance {sampling.guidance_scale:g} "
+        f"(teacher and student: {objective.embedded_guidance:g})",
+        "none": "without guidance",
+    }[family.guidance]
     lines = {
         "erase": ", ".join(plan.concepts),
         "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
@@ -459,11 +477,12 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         "preserve": preserving
         and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
         "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
-        "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps at guidance "
-        f"{sampling.guidance_scale:g}, latents {height} x {width}, {bank if plan.rollouts else anew}",
+        "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps {guidance}, "
+        f"latents {height} x {width}, {bank if plan.rollouts else anew}",
         "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
     }
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
+    warnings += [f"{'mind':<10} {told}" for told in family.advice(sampling.num_steps, sampling.guidance_scale)]
     return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
 
 

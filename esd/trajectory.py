@@ -73,7 +73,9 @@ def rollout(
         cond: the prompts, b rows.
         null: the negative prompt, one row or b.
         num_steps: sampling steps.
-        guidance_scale: guided = null + scale (cond - null); at 1 only the prompts are evaluated.
+        guidance_scale: above 1, guided = null + scale (cond - null); at 1 or less there is no guidance, as in the
+            stock pipelines, and only the prompts are evaluated. "distilled" families are told the scale and "none"
+            families ignore it: one pass.
         stop: number of scheduler steps to take before stopping, for all or per sample; None for all of them.
             A stopped sample costs nothing more.
         keep: "all" points where the denoiser was evaluated, or the "last": the point each sample stopped at.
@@ -86,17 +88,18 @@ def rollout(
     Raises:
         ValueError: keep="all" with unequal stops, or a stop out of range.
     """
-    solver = family.scheduler(num_steps, scheduler)
+    solver = family.scheduler(num_steps, scheduler, x_T.shape[1:])
     times_left = solver.timesteps[skip:]
     stops = torch.as_tensor(len(times_left) if stop is None else stop).expand(len(x_T))
     low, high = int(stops.min()), int(stops.max())
     if low < 0 or high > len(times_left) or (keep == "all" and low != high):
         raise ValueError(f"stop is {stop}; allowed: 0 to {len(times_left)}, the same for all samples with keep='all'")
-    guided = guidance_scale != 1
+    guided = family.guidance == "cfg" and guidance_scale > 1
+    cond = family.with_guidance(cond, guidance_scale)
     conditionings = [null[[0] * len(x_T)] if len(null) == 1 else null, cond] if guided else [cond]
     takes_noise = generators is not None and "generator" in inspect.signature(solver.step).parameters
     visits = _walk(
-        family, denoiser, solver, x_T * solver.init_noise_sigma, times_left, stops, conditionings,
+        family, denoiser, solver, family.first_latents(solver, x_T), times_left, stops, conditionings,
         guidance_scale, {"generator": generators} if takes_noise else {}, max_batch,
     )  # fmt: skip
     if keep == "last":

@@ -11,7 +11,7 @@ import torch
 from esd import config
 from esd.errors import UserError
 from esd.families import Conditioning, Family, check_model, family_of, load_pipeline
-from esd.families.unet import SCHEDULERS
+from esd.families.diffusion import SCHEDULERS
 from tests import tiny
 
 

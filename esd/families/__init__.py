@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,32 @@ from diffusers import DiffusionPipeline
 from esd.errors import UserError
 
 from .base import Conditioning, Denoiser, Family
-from .unet import StableDiffusion
+from .mmdit import Flux, Flux2Klein, StableDiffusion3
+from .pipeline import PipelineFamily
+from .unet import StableDiffusion, StableDiffusionXL
 
 __all__ = [
     "Conditioning",
     "Denoiser",
     "Family",
+    "Flux",
+    "Flux2Klein",
+    "PipelineFamily",
     "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
     "check_model",
     "family_of",
     "load_pipeline",
 ]
 
-_FAMILIES: dict[str, type[StableDiffusion]] = {"StableDiffusionPipeline": StableDiffusion}
+_FAMILIES: dict[str, Callable[[Any], PipelineFamily]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
+}
 
 
 def check_model(path: str | Path, *, setting: str = "model.path") -> None:

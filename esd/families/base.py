@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from esd import seeding
 from esd.errors import UserError
 from esd.objectives import PredictionType
-from esd.selection import ParameterInfo, Preset, Selection, resolve
+from esd.selection import ALIASES, ParameterInfo, Preset, Selection, SelectionError, resolve
 
 Guidance = Literal["cfg", "distilled", "none"]
+Null = Literal["zeros", "empty"]
 Denoiser = Callable[..., Any]
+
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv")  # what `fuse_qkv_projections` leaves beside the dead to_q, to_k, to_v
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Conditioning:
     """What a denoiser is conditioned on: named tensors, batch first.
 
     Attributes:
-        tensors: for SD1 ``{"encoder_hidden_states": (b, n, d)}``; SDXL adds pooled text and time ids, and so
-            on.
+        tensors: for SD1 ``{"encoder_hidden_states": (b, n, d)}``; SDXL adds pooled text, FLUX.1-dev also the
+            embedded guidance scale (b,), and so on. What follows from the size of the latents (time ids, position
+            ids) is not in here: `Family.predict` works it out.
     """
 
     tensors: Mapping[str, Tensor]
@@ -72,15 +76,22 @@ class Family(ABC):
         denoiser: the live UNet or transformer.
         prediction_type: "epsilon", "v_prediction" or "flow".
         sample_shape: (c, h, w) of a latent of the model's own size.
-        guidance: "cfg" (two passes), "distilled" (an embedded scale) or "none".
+        guidance: "cfg" (two passes when the scale is above 1), "distilled" (one pass, told the scale) or
+            "none" (one pass, no scale).
         presets: selections by name.
+        preset_notes: what a preset means here, where its name alone would mislead; told whenever it is used.
+        aliases: the model's own words for roles, such as attn2 for cross.
+        absent: roles that this architecture has not, with what to say instead.
         dtype: floating-point type of the base's denoiser.
     """
 
     name: ClassVar[str]
-    guidance: ClassVar[Guidance]
     presets: ClassVar[Mapping[str, Preset]]
+    preset_notes: ClassVar[Mapping[str, str]] = {}
+    aliases: ClassVar[Mapping[str, str]] = ALIASES
+    absent: ClassVar[Mapping[str, str]] = {}
 
+    guidance: Guidance
     pipe: Any
     denoiser: nn.Module
     prediction_type: PredictionType
@@ -96,13 +107,43 @@ class Family(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (len(prompts), ...) on the denoiser's device; each prompt is encoded once."""
 
+    def null(self, kind: Null | None = None) -> Conditioning:
+        """Conditioning of the null prompt, one row.
+
+        Args:
+            kind: "empty" encodes the empty prompt; "zeros" is zeros, which SDXL's pipeline takes for it; None is
+                what the stock pipeline takes when no negative prompt is given.
+
+        Raises:
+            UserError: zeros, and this model's pipeline knows no such thing.
+        """
+        if kind == "zeros":
+            raise UserError(
+                f"null=zeros: {type(self.pipe).__name__} encodes the empty prompt instead; allowed: empty, or none "
+                "for the model's own"
+            )
+        return self.encode([""])
+
+    def with_guidance(self, cond: Conditioning, scale: float) -> Conditioning:
+        """The conditioning with an embedded guidance scale; the very same object where that changes nothing.
+
+        Only "distilled" models are told a scale. Their prompts are encoded at scale 1, as upstream's targets are.
+        """
+        return cond
+
+    def advice(self, num_steps: int, guidance_scale: float) -> list[str]:
+        """What to tell a user who samples with these settings: legal, but hardly what was meant."""
+        if self.guidance == "none" and guidance_scale > 1:
+            return [f"guidance_scale={guidance_scale:g} changes nothing: {self.name} takes no guidance"]
+        return []
+
     @abstractmethod
     def release_encoders(self) -> None:
-        """Moves the text encoders to the CPU; prompts encoded so far stay usable."""
+        """Moves the text encoders and the VAE to the CPU; prompts encoded so far stay usable."""
 
     @abstractmethod
     def recall_encoders(self) -> None:
-        """Brings released text encoders back beside the denoiser."""
+        """Brings what was released back beside the denoiser."""
 
     @abstractmethod
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
@@ -118,7 +159,7 @@ class Family(ABC):
     def initial_noise(self, generators: Sequence[torch.Generator], size: int | None = None) -> Tensor:
         """x_T, unit variance, float32 (len(generators), c, h, w): row i from CPU generator i alone.
 
-        Scaling by the scheduler's `init_noise_sigma` belongs to the rollout.
+        Scaling to what the scheduler starts from is `first_latents`, and belongs to the rollout.
 
         Args:
             generators: one for each row.
@@ -127,16 +168,21 @@ class Family(ABC):
         return seeding.normal(generators, self.latent_shape(size)).to(self.device)
 
     @abstractmethod
-    def scheduler(self, num_steps: int, name: str | None = None) -> Any:
+    def scheduler(self, num_steps: int, name: str | None = None, latent_shape: Sequence[int] | None = None) -> Any:
         """A fresh diffusers scheduler with its timesteps set.
 
         Args:
             num_steps: sampling steps, >= 1 (schedulers may visit more points than that).
             name: one of the family's scheduler names, or None for the pipeline's own.
+            latent_shape: (c, h, w) of what is sampled, on which some schedules depend; None for the model's own.
 
         Raises:
             UserError: unknown name, or num_steps out of range.
         """
+
+    def first_latents(self, scheduler: Any, noise: Tensor) -> Tensor:
+        """x_T at the level the scheduler starts from, of unit-variance noise (b, c, h, w)."""
+        return noise * scheduler.init_noise_sigma
 
     def model_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
         """What the denoiser gets for latents `x` at time `t`: Euler-type schedulers rescale here."""
@@ -177,9 +223,23 @@ class Family(ABC):
         """The parameters an expression names; see `esd.selection`.
 
         Raises:
-            SelectionError: malformed, or a part of it matches nothing.
+            SelectionError: malformed, a part of it matches nothing, or the model's projections are fused.
         """
-        return resolve(expression, self.parameter_infos(), self.presets, type(self.denoiser).__name__)
+        fused = [name for name, _ in self.denoiser.named_modules() if name.rpartition(".")[2] in _FUSED]
+        if fused:  # to_q, to_k and to_v are still there, but nothing reads them: training them would change nothing
+            raise SelectionError(
+                f"{type(self.denoiser).__name__} has fused projections ({fused[0]}), beside which to_q, to_k and to_v "
+                "are dead; load the model again and do not call fuse_qkv_projections()"
+            )
+        return resolve(
+            expression,
+            self.parameter_infos(),
+            self.presets,
+            type(self.denoiser).__name__,
+            aliases=self.aliases,
+            notes=self.preset_notes,
+            absent=self.absent,
+        )
 
     @property
     def base_name(self) -> str:

@@ -1,0 +1,192 @@
+"""What families of stock diffusers pipelines share: a cache of encoded prompts, encoders that leave memory,
+sizes, decoding, what a tokenizer knows, and kinds of parameters.
+
+A subclass says how one prompt becomes a `Conditioning` (`_encode`), how its denoiser is called (`predict`),
+what its schedule is (`scheduler`, `alpha_sigma`) and which role a parameter's name stands for
+(`parameter_infos`). docs/add-a-family.md walks through one.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from esd.errors import UserError
+from esd.selection import ParameterInfo
+
+from .base import Conditioning, Family
+
+_WHOLE_VOCABULARY = 20_000  # a tokenizer with fewer entries was made for a closed list of words
+
+# a word, or one symbol with what modifies it: variation selectors, skin tones, further emoji joined to it
+_WORD = re.compile(r"\w+|[^\w\s](?:[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]|\u200d.)*")
+_WORD_MARKS = ("</w>", "\u2581", "\u0120")  # of CLIP, T5, Qwen: where a word ends or begins
+
+_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Conv2d, "conv"),
+    (nn.Embedding, "embedding"),
+)
+
+
+class PipelineFamily(Family):
+    """A family made from a stock pipeline.
+
+    Attributes:
+        denoiser_name: of the pipeline's component that is trained, "unet" or "transformer".
+        encoder_names: of its text encoders.
+        optional_encoders: those of them that a pipeline may lack.
+        patch: edge in latents of what becomes one token, so that sides must be multiples of it.
+        pixels_per_latent: edge in pixels of what becomes one latent.
+
+    Args:
+        pipe: the pipeline; only its denoiser is ever changed, and only by `esd.weights` or `esd.checkpoint`.
+        sample_shape: (c, h, w) of a latent of the model's own size.
+
+    Raises:
+        UserError: a text encoder is missing.
+    """
+
+    denoiser_name: ClassVar[str]
+    encoder_names: ClassVar[tuple[str, ...]]
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
+    patch: int = 1
+
+    def __init__(self, pipe: Any, sample_shape: tuple[int, int, int]) -> None:
+        needed = [name for name in self.encoder_names if name not in self.optional_encoders]
+        if missing := [name for name in needed if getattr(pipe, name, None) is None]:
+            raise UserError(
+                f"the {type(pipe).__name__} has no {missing[0]}; its prompts need {', '.join(needed)}: load the whole "
+                "pipeline"
+            )
+        self.pipe = pipe
+        self.denoiser = getattr(pipe, self.denoiser_name)
+        self.dtype = self.denoiser.dtype
+        self.sample_shape = sample_shape
+        self.pixels_per_latent: int = pipe.vae_scale_factor
+        self._encoded: dict[str, Conditioning] = {}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning (len(prompts), ...) on the denoiser's device, by the stock pipeline's own `encode_prompt`.
+
+        One prompt at a time, so that a row does not depend on its batch.
+        """
+        for prompt in prompts:
+            if prompt not in self._encoded:
+                with torch.no_grad():
+                    self._encoded[prompt] = self._encode(prompt, next(self._encoders()).device)
+        rows = [self._encoded[prompt].to(self.device, self.dtype) for prompt in prompts]
+        return Conditioning.cat(rows)
+
+    @abstractmethod
+    def _encode(self, prompt: str, device: torch.device) -> Conditioning:
+        """Conditioning of one prompt (1, ...); `device` is that of the text encoders."""
+
+    def _encoders(self) -> Any:
+        """The text encoders that are there, in turn."""
+        return (encoder for name in self.encoder_names if (encoder := getattr(self.pipe, name)) is not None)
+
+    def release_encoders(self) -> None:
+        """Moves the text encoders and the VAE to the CPU; prompts encoded so far stay usable."""
+        for part in (*self._encoders(), self.pipe.vae):
+            part.to("cpu")
+
+    def recall_encoders(self) -> None:
+        """Brings the text encoders and the VAE back beside the denoiser."""
+        for part in (*self._encoders(), self.pipe.vae):
+            part.to(self.device)
+
+    def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square pictures; see `Family.latent_shape`."""
+        if size is None:
+            return self.sample_shape
+        multiple = self.pixels_per_latent * self.patch
+        if size < multiple or size % multiple:
+            near = max(1, round(size / multiple)) * multiple
+            raise UserError(f"trajectory.size={size}: allowed: multiples of {multiple} pixels, such as {near}")
+        edge = size // self.pixels_per_latent
+        return self.sample_shape[0], edge, edge
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (b, 3, H, W), float32 in [0, 1], by the VAE decoder."""
+        vae = self.pipe.vae
+        images = vae.decode(self._vae_latents(latents.to(vae.device)).to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _vae_latents(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes, of the latents (b, c, h, w) that the denoiser makes."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def _reader(self) -> tuple[Any, int]:
+        """The tokenizer whose encoder reads most of a prompt, and the most tokens it takes."""
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Words and symbols, such as emoji, that the tokenizer spells out instead of knowing.
+
+        A symbol counts as unknown when it becomes the unknown token or more pieces than it has characters: the
+        bytes of one that was never seen. A word counts as unknown when it becomes the unknown token, when all
+        its pieces are single characters, or, for a small tokenizer (made for a closed word list, not the
+        49,408 entries of CLIP's), when it takes several pieces. CLIP splits many words it has seen often
+        enough, so two pieces mean nothing there.
+        """
+        tokenizer = self.pipe.tokenizer
+        small = len(tokenizer) < _WHOLE_VOCABULARY
+        unknown: dict[str, None] = {}
+        for word in (word for prompt in prompts for word in _WORD.findall(prompt.lower())):
+            if unicodedata.category(word[0]).startswith("M"):  # an accent: part of the word before it
+                continue
+            pieces = [_bare(piece) for piece in tokenizer.tokenize(word)]
+            spelled = len(pieces) > 1 and (small or all(len(piece) <= 1 for piece in pieces))
+            if not re.match(r"\w", word):
+                spelled = len(pieces) > len(word)
+            if not pieces or spelled or tokenizer.unk_token in pieces:
+                unknown[word] = None
+        return list(unknown)
+
+    def cut(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Prompts of more tokens than any text encoder takes, with the text that none of them reads."""
+        tokenizer, most = self._reader()
+        tokens = {prompt: tokenizer(prompt, verbose=False).input_ids for prompt in prompts}
+        return {  # as `encode_prompt` cuts: the end token keeps the last place
+            prompt: tokenizer.decode(ids[most - 1 : -1]).strip() for prompt, ids in tokens.items() if len(ids) > most
+        }
+
+
+def parameter_infos(module: nn.Module, role: Callable[[str], dict[str, Any]]) -> list[ParameterInfo]:
+    """What every parameter of a module is, in its order.
+
+    Args:
+        module: the denoiser.
+        role: stack, index, part, projection, block and, with two streams, stream of a parameter's full name.
+    """
+    kinds = {
+        f"{module_name}.{name}".lstrip("."): _kind(owner)
+        for module_name, owner in module.named_modules()
+        for name, _ in owner.named_parameters(recurse=False)
+    }
+    return [
+        ParameterInfo(name, parameter.numel(), tuple(parameter.shape), kinds[name], **role(name))
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def _kind(module: nn.Module) -> str:
+    """ "linear", "conv", "embedding", "norm" (whoever wrote it: torch's, diffusers') or "other"."""
+    found = next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
+    return found or ("norm" if "Norm" in type(module).__name__ else "other")
+
+
+def _bare(piece: str) -> str:
+    """A token without the mark of where a word ends or begins."""
+    for mark in _WORD_MARKS:
+        piece = piece.removesuffix(mark) if mark == "</w>" else piece.removeprefix(mark)
+    return piece
