@@ -31,12 +31,11 @@ GUIDANCE = {  # as each model is sampled
     "sd1": 3.0, "sd2-v": 3.0, "sdxl": 3.0, "sdxl-turbo": 0.0, "sd3": 3.0, "sd3.5": 3.0,
     "flux-dev": 3.5, "flux-schnell": 0.0, "klein": 1.0, "klein-base": 4.0,
 }  # fmt: skip
-STEPS = {"sdxl-turbo": 2}
 FEW_WORDS = {"sd3", "sd3.5", "flux-dev", "flux-schnell", "klein", "klein-base"}
 
-PLAN = TrainPlan(
-    concepts=("cat",), prompts=("cat", "a cat"), sampling=Sampling(num_steps=3), rollouts=3, reuse=60, updates=30,
-    batch_size=6, lr=2e-3, save_every=0, objective=Objective(eta=10.0),
+PLAN = TrainPlan(  # every update sees the whole bank, so that one loss can be compared with another
+    concepts=("cat",), prompts=("cat", "a cat"), sampling=Sampling(num_steps=3), rollouts=2, reuse=60, updates=20,
+    batch_size=6, lr=4e-3, save_every=0, objective=Objective(eta=2.0),
 )  # fmt: skip
 
 every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
@@ -107,8 +106,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     name = request.param
     family, folder = make(name), tmp_path_factory.mktemp(name)
     before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
-    sampling = Sampling(num_steps=STEPS.get(name, 3), guidance_scale=GUIDANCE[name])
-    trainer.train(family, dataclasses.replace(PLAN, sampling=sampling), folder, Accelerator(cpu=True))
+    plan = dataclasses.replace(PLAN, sampling=Sampling(num_steps=3, guidance_scale=GUIDANCE[name]))
+    trainer.train(family, plan, folder, Accelerator(cpu=True))
     return name, family, folder, before
 
 
@@ -119,7 +118,7 @@ every_trained = pytest.mark.parametrize("trained", list(tiny.PIPELINES), indirec
 def test_an_erasure_lowers_the_loss_and_leaves_the_model_the_base(trained: Any) -> None:
     _, family, folder, before = trained
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(before[key], value) for key, value in family.denoiser.state_dict().items())
     assert set(checkpoint.load(folder).differences) == set(family.select("esd_x").names)
 
@@ -413,3 +412,19 @@ def test_encoders_and_vae_come_back_beside_the_denoiser() -> None:
     pipe = family.pipe
     parts = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3, pipe.vae)
     assert {next(part.parameters()).device.type for part in parts} == {"meta"}
+
+
+def test_the_family_that_the_docs_add_draws_what_its_pipeline_draws() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "add-a-family.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 150
+    written: dict[str, Any] = {}
+    exec(compile(code, "add-a-family.md", "exec"), written)
+    family = written["PixArtSigma"](tiny.pixart())
+    family.max_tokens = tiny.TOKENS
+    same = {"use_resolution_binning": False, "clean_caption": False, "height": 16, "width": 24}
+    for guidance in (1.0, 3.0):
+        expected = stock(family, PROMPTS, guidance, 4, **same)
+        torch.testing.assert_close(ours(family, PROMPTS, guidance, 4, 16, 24), expected, atol=1e-4, rtol=1e-4)
+    assert not set(family.select("esd_x").names) & set(family.select("esd_u").names)
+    assert all(info.part != "other" for info in family.parameter_infos())

@@ -142,11 +142,11 @@ class StableDiffusion3(FlowFamily):
         "self_attention": "self",
     }
     preset_notes: ClassVar[Mapping[str, str]] = {
-        "esd_x": "SD3 has no cross-attention; this is joint attention of both streams. attn2 of SD 3.5 is image "
+        "esd_x": "SD3 has no cross-attention; this is joint attention of both streams. attn2 of SD 3.5 medium is image "
         "self-attention and belongs to esd_u",
         "esd_x_strict": "keys and values of joint attention, of the image (to_k, to_v) and of the text (add_k_proj, "
         "add_v_proj)",
-        "esd_u": "all but joint attention; attn2 of SD 3.5, image self-attention, is in it",
+        "esd_u": "all but joint attention; attn2 of SD 3.5 medium, image self-attention, is in it",
     }
     max_tokens: int = 256
 
