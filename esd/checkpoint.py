@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .storage import atomic
+from .weights import refuse_fused
 
 FORMAT = "esd-difference-v1"
 FILE_NAME = "erased.safetensors"
@@ -161,6 +162,7 @@ def apply(pipe: Any, path: str | Path | Erased) -> None:
     Raises:
         CheckpointError: not readable, made from another base, for another architecture, or the pipeline
             wears one.
+        UserError: the denoiser's projections are fused.
     """
     denoiser, checkpoint = _denoiser(pipe), _loaded(path)
     parameters = _fitting(checkpoint, denoiser)
@@ -242,6 +244,7 @@ def _erased_weights(checkpoint: Erased, parameters: Mapping[str, nn.Parameter]) 
 
 def _fitting(checkpoint: Erased, denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a checkpoint changes, after making sure that this is its base and wears nothing."""
+    refuse_fused(denoiser)
     if denoiser in _APPLIED:
         raise CheckpointError(
             f"the pipeline already wears {str(_APPLIED[denoiser].path)!r}; call esd.remove(pipe) first"

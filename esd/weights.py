@@ -22,6 +22,20 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv")  # what `fuse_qkv_projections` puts beside to_q, to_k and to_v
+
+
+def refuse_fused(module: nn.Module) -> None:
+    """Raises UserError where attention projections are fused: to_q, to_k and to_v are still there, and nothing
+    reads them, so that training or changing them would do nothing.
+    """
+    fused = [name for name, _ in module.named_modules() if name.rpartition(".")[2] in _FUSED]
+    if fused:
+        raise UserError(
+            f"{type(module).__name__} has fused projections ({fused[0]}), beside which to_q, to_k and to_v are dead; "
+            "load the model again and do not call fuse_qkv_projections()"
+        )
+
 
 class Teacher:
     """The frozen base, callable like the module it is a view of; never records gradients."""

@@ -286,8 +286,18 @@ def test_fused_projections_are_refused(name: str) -> None:
         family.denoiser.transformer_blocks[0].attn2.fuse_projections()
     else:
         family.denoiser.fuse_qkv_projections()
-    with pytest.raises(SelectionError, match="fused projections"):
+    with pytest.raises(UserError, match="fused projections"):
         family.select("esd_x")
+
+
+def test_erased_weights_are_not_put_where_nothing_would_read_them(tmp_path: Path) -> None:
+    pipe = tiny.every("sdxl")
+    weight = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.ones(16, 32)}
+    base = {name: dict(pipe.unet.named_parameters())[name] for name in weight}
+    checkpoint.save(tmp_path / "erased.safetensors", weight, {"fingerprint": checkpoint.fingerprint(base)})
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(UserError, match="fused projections"):
+        esd.apply(pipe, tmp_path)
 
 
 @pytest.mark.parametrize(

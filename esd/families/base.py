@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from esd import seeding
 from esd.errors import UserError
 from esd.objectives import PredictionType
-from esd.selection import ALIASES, ParameterInfo, Preset, Selection, SelectionError, resolve
+from esd.selection import ALIASES, ParameterInfo, Preset, Selection, resolve
+from esd.weights import refuse_fused
 
 Guidance = Literal["cfg", "distilled", "none"]
 Null = Literal["zeros", "empty"]
 Denoiser = Callable[..., Any]
-
-_FUSED = ("to_qkv", "to_kv", "to_added_qkv")  # what `fuse_qkv_projections` leaves beside the dead to_q, to_k, to_v
 
 
 @dataclass(frozen=True)
@@ -223,14 +222,10 @@ class Family(ABC):
         """The parameters an expression names; see `esd.selection`.
 
         Raises:
-            SelectionError: malformed, a part of it matches nothing, or the model's projections are fused.
+            SelectionError: malformed, or a part of it matches nothing.
+            UserError: the model's projections are fused.
         """
-        fused = [name for name, _ in self.denoiser.named_modules() if name.rpartition(".")[2] in _FUSED]
-        if fused:  # to_q, to_k and to_v are still there, but nothing reads them: training them would change nothing
-            raise SelectionError(
-                f"{type(self.denoiser).__name__} has fused projections ({fused[0]}), beside which to_q, to_k and to_v "
-                "are dead; load the model again and do not call fuse_qkv_projections()"
-            )
+        refuse_fused(self.denoiser)
         return resolve(
             expression,
             self.parameter_infos(),

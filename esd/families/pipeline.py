@@ -66,8 +66,8 @@ class PipelineFamily(Family):
                 "pipeline"
             )
         self.pipe = pipe
-        self.denoiser = getattr(pipe, self.denoiser_name)
-        self.dtype = self.denoiser.dtype
+        denoiser: Any = getattr(pipe, self.denoiser_name)
+        self.denoiser, self.dtype = denoiser, denoiser.dtype
         self.sample_shape = sample_shape
         self.pixels_per_latent: int = pipe.vae_scale_factor
         self._encoded: dict[str, Conditioning] = {}

@@ -125,8 +125,9 @@ class StableDiffusionXL(UNetFamily):
 
     def advice(self, num_steps: int, guidance_scale: float) -> list[str]:
         """Tells who guides a model that was distilled to need no guidance: legal, and upstream's habit."""
-        turbo = isinstance(self.pipe.scheduler, diffusers.EulerAncestralDiscreteScheduler)  # as turbo ships
-        if turbo and guidance_scale > 1:
+        solver = self.pipe.scheduler
+        turbo = isinstance(solver, diffusers.EulerAncestralDiscreteScheduler)
+        if turbo and solver.config.timestep_spacing == "trailing" and guidance_scale > 1:
             return [
                 f"guidance_scale={guidance_scale:g}: a turbo model is sampled without guidance in 1 to 4 steps; "
                 "guidance_scale=0 does that"
