@@ -17,7 +17,7 @@ from torch.nn import functional
 import esd
 from esd import checkpoint, seeding, trainer
 from esd.errors import UserError
-from esd.families import Family, family_of
+from esd.families import Family, family_of, load_pipeline
 from esd.objectives import Objective
 from esd.selection import SelectionError
 from esd.sources import Bank, Conditions, Sampling
@@ -41,9 +41,9 @@ PLAN = TrainPlan(  # every update sees the whole bank, so that one loss can be c
 every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
 
 
-def make(name: str) -> Any:
+def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh family, reading few tokens of a prompt."""
-    family = family_of(tiny.every(name))
+    family = family_of(tiny.every(name).to(dtype))
     if name in FEW_WORDS:
         family.max_tokens = tiny.TOKENS  # type: ignore[attr-defined]
     return family
@@ -133,6 +133,29 @@ def test_the_stock_pipeline_with_erased_weights_draws_what_our_sampler_draws(tra
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (got - base).abs().max() > 1e-2
     torch.testing.assert_close(ours(family, PROMPTS, GUIDANCE[name], 4, 16, 16), base)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3.5", "flux-dev", "klein"])
+def test_a_bfloat16_base_trains(name: str, tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    family = make(name, torch.bfloat16)
+    plan = dataclasses.replace(PLAN, updates=2, selection="esd_x_strict")
+    trainer.train(family, plan, tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
+    differences = checkpoint.load(tmp_path).differences
+    assert all(difference.dtype == torch.float32 for difference in differences.values())
+    assert sum(float(difference.abs().sum()) for difference in differences.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["sdxl-turbo", "sd3", "flux-schnell", "klein-base"])
+def test_a_saved_pipeline_is_recognised(name: str, tmp_path: Path) -> None:
+    family = shared(name)
+    family.pipe.save_pretrained(tmp_path)
+    again: Any = family_of(load_pipeline(tmp_path))
+    assert (type(again), again.guidance) == (type(family), family.guidance)
+    if name in FEW_WORDS:
+        again.max_tokens = tiny.TOKENS
+    for key, tensor in family.encode(PROMPTS).tensors.items():
+        torch.testing.assert_close(again.encode(PROMPTS).tensors[key], tensor)
 
 
 @every
