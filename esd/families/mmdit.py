@@ -158,7 +158,7 @@ class StableDiffusion3(FlowFamily):
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(c, h, w), no larger than the position embedding; see `Family.latent_shape`."""
         shape = super().latent_shape(size)
-        most = self.denoiser.config.pos_embed_max_size * self.patch
+        most = self.pipe.transformer.config.pos_embed_max_size * self.patch
         if shape[1] > most:
             raise UserError(
                 f"trajectory.size={size}: allowed: at most {most * self.pixels_per_latent} pixels, as far as the "

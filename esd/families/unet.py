@@ -104,7 +104,8 @@ class StableDiffusionXL(UNetFamily):
 
     name: ClassVar[str] = "stable-diffusion-xl"
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
-    presets: ClassVar[Mapping[str, Preset]] = UNetFamily.presets | {  # esd_sdxl.py: 'block' and not 'emb' in the name
+    presets: ClassVar[Mapping[str, Preset]] = {  # esd_sdxl.py: 'block' and not 'emb' in the name
+        **UNetFamily.presets,
         "esd_u": "(linear + conv) - cross - in - out - time - resnet.time",
         "esd_all": "(linear + conv) - in - out - time - resnet.time",
     }
