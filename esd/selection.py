@@ -157,7 +157,7 @@ def resolve(
 
 def check(expression: str) -> None:
     """Raises SelectionError for an expression that cannot be read whatever the model; needs none."""
-    _Grammar(expression, (), {}, "").parse()
+    _Grammar(expression, (), {}, "", {}, {}).parse()
 
 
 _TOKEN = re.compile(r"\s*(?:([+&()\-])|([^\s+&()\-]+))")

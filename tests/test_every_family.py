@@ -21,10 +21,10 @@ from esd.families import Family, family_of, load_pipeline
 from esd.objectives import Objective
 from esd.selection import SelectionError
 from esd.sources import Bank, Conditions, Sampling
-from esd.trainer import TrainPlan
 from esd.trajectory import rollout
 from esd.weights import Views
 from tests import tiny
+from tests.plans import PLAN, SAMPLING
 
 PROMPTS = ["a cat", "the dog in mosaic style"]
 GUIDANCE = {  # as each model is sampled
@@ -33,9 +33,9 @@ GUIDANCE = {  # as each model is sampled
 }  # fmt: skip
 FEW_WORDS = {"sd3", "sd3.5", "flux-dev", "flux-schnell", "klein", "klein-base"}
 
-PLAN = TrainPlan(  # every update sees the whole bank, so that one loss can be compared with another
-    concepts=("cat",), prompts=("cat", "a cat"), sampling=Sampling(num_steps=3), rollouts=2, reuse=60, updates=20,
-    batch_size=6, lr=4e-3, save_every=0, objective=Objective(eta=2.0),
+LONG = dataclasses.replace(  # every update sees the whole bank, so that one loss can be compared with another
+    PLAN, sampling=SAMPLING, selection="esd_x", rollouts=2, reuse=60, updates=20, batch_size=6, lr=4e-3,
+    objective=Objective(eta=2.0),
 )  # fmt: skip
 
 every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
@@ -106,7 +106,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     name = request.param
     family, folder = make(name), tmp_path_factory.mktemp(name)
     before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
-    plan = dataclasses.replace(PLAN, sampling=Sampling(num_steps=3, guidance_scale=GUIDANCE[name]))
+    plan = dataclasses.replace(LONG, sampling=dataclasses.replace(SAMPLING, guidance_scale=GUIDANCE[name]))
     trainer.train(family, plan, folder, Accelerator(cpu=True))
     return name, family, folder, before
 
@@ -139,7 +139,7 @@ def test_the_stock_pipeline_with_erased_weights_draws_what_our_sampler_draws(tra
 def test_a_bfloat16_base_trains(name: str, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     family = make(name, torch.bfloat16)
-    plan = dataclasses.replace(PLAN, updates=2, selection="esd_x_strict")
+    plan = dataclasses.replace(LONG, updates=2, selection="esd_x_strict")
     trainer.train(family, plan, tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
     differences = checkpoint.load(tmp_path).differences
     assert all(difference.dtype == torch.float32 for difference in differences.values())
@@ -403,27 +403,28 @@ def test_what_a_bank_must_still_compute(name: str, told: float | None, scale: fl
     cond, null = family.encode(PROMPTS), family.null()
     if told is not None:
         cond, null = family.with_guidance(cond, told), family.with_guidance(null, told)
-    assert calls_of_a_bank(family, Conditions(cond, null), Sampling(num_steps=3, guidance_scale=scale)) == computed
+    sampling = dataclasses.replace(SAMPLING, guidance_scale=scale)
+    assert calls_of_a_bank(family, Conditions(cond, null), sampling) == computed
 
 
 def test_another_negative_prompt_than_the_objectives_is_not_free() -> None:
     family = shared("sdxl")
     conditions = Conditions(family.encode(PROMPTS), family.null("empty"), negative=family.null("zeros"))
-    assert calls_of_a_bank(family, conditions, Sampling(num_steps=3)) == 1
+    assert calls_of_a_bank(family, conditions, SAMPLING) == 1
 
 
 def test_only_a_model_distilled_for_it_can_be_told_a_guidance_scale() -> None:
-    plan = dataclasses.replace(PLAN, objective=Objective(embedded_guidance=3.5))
+    plan = dataclasses.replace(LONG, objective=Objective(embedded_guidance=3.5))
     with pytest.raises(UserError, match=r"embedded_guidance=3.5: stable-diffusion-xl is not told"):
         trainer.describe(shared("sdxl"), plan)
     assert "told guidance 3 (teacher and student: 3.5)" in trainer.describe(shared("flux-dev"), plan)
 
 
 def test_guidance_that_a_model_does_not_want_is_legal_and_told() -> None:
-    assert "mind" in trainer.describe(shared("sdxl-turbo"), PLAN)
-    assert "mind" in trainer.describe(shared("flux-schnell"), PLAN)
-    assert "mind" not in trainer.describe(shared("sdxl"), PLAN)
-    quiet = dataclasses.replace(PLAN, sampling=Sampling(num_steps=2, guidance_scale=0.0))
+    assert "mind" in trainer.describe(shared("sdxl-turbo"), LONG)
+    assert "mind" in trainer.describe(shared("flux-schnell"), LONG)
+    assert "mind" not in trainer.describe(shared("sdxl"), LONG)
+    quiet = dataclasses.replace(LONG, sampling=dataclasses.replace(SAMPLING, num_steps=2, guidance_scale=0.0))
     told = trainer.describe(shared("sdxl-turbo"), quiet)
     assert "mind" not in told and "in 2 steps without guidance" in told
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from esd.families import Family, family_of
 from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling, dealt
 from esd.weights import Views
 from tests import tiny
+from tests.plans import SAMPLING
 
 PROMPTS = ["a cat", "cat in mosaic style", "photo of a cat"]
 FROM = ["a dog", "dog in mosaic style", "photo of a dog"]
@@ -33,8 +35,7 @@ def conditions(family: Family, **more: Any) -> Conditions:
 
 
 def sampling(**more: Any) -> Sampling:
-    how = {"num_steps": 4, "guidance_scale": 3.0, "time_rule": "visited", "max_batch": 64, "size": None}
-    return Sampling(**{**how, "scheduler": "ddim", **more})
+    return dataclasses.replace(SAMPLING, **{"num_steps": 4, "scheduler": "ddim", **more})
 
 
 def bank(family: Family, c: Conditions, s: Sampling, teacher: Any = None, **more: Any) -> Bank:

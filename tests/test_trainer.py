@@ -18,37 +18,10 @@ from esd import checkpoint, trainer
 from esd.errors import UserError
 from esd.families import Family, family_of
 from esd.objectives import Objective
-from esd.sources import Sampling
 from esd.storage import load_state
 from esd.trainer import TrainPlan
 from tests import tiny
-
-PLAN = TrainPlan(
-    concepts=("cat",),
-    prompts=("cat", "a cat"),
-    erase_from=(),
-    preserve=(),
-    preserve_weight=1.0,
-    selection="cross.k + cross.v",
-    objective=Objective(),
-    sampling=Sampling(num_steps=3, guidance_scale=3.0, time_rule="visited", scheduler=None, max_batch=64, size=None),
-    sampler="teacher",
-    sample_with="erase_from",
-    rollouts=3,
-    reuse=2,
-    updates=4,
-    batch_size=3,
-    gradient_accumulation=1,
-    lr=1e-3,
-    lr_schedule="constant",
-    warmup=0,
-    betas=(0.9, 0.999),
-    weight_decay=0.0,
-    clip_norm=1.0,
-    gradient_checkpointing=False,
-    save_every=0,
-    seed=0,
-)
+from tests.plans import PLAN
 
 
 def plan(**changes: Any) -> TrainPlan:

@@ -1,0 +1,37 @@
+"""How the tests train tiny models unless they say otherwise: each takes what it is about and changes that."""
+
+from __future__ import annotations
+
+from esd.objectives import Objective
+from esd.sources import Sampling
+from esd.trainer import TrainPlan
+
+SAMPLING = Sampling(
+    num_steps=3, guidance_scale=3.0, time_rule="visited", scheduler=None, max_batch=64, size=None, negative=None
+)
+PLAN = TrainPlan(
+    concepts=("cat",),
+    prompts=("cat", "a cat"),
+    erase_from=(),
+    preserve=(),
+    preserve_weight=1.0,
+    selection="cross.k + cross.v",
+    objective=Objective(),
+    sampling=SAMPLING,
+    sampler="teacher",
+    sample_with="erase_from",
+    rollouts=3,
+    reuse=2,
+    updates=4,
+    batch_size=3,
+    gradient_accumulation=1,
+    lr=1e-3,
+    lr_schedule="constant",
+    warmup=0,
+    betas=(0.9, 0.999),
+    weight_decay=0.0,
+    clip_norm=1.0,
+    gradient_checkpointing=False,
+    save_every=0,
+    seed=0,
+)
