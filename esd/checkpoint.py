@@ -1,7 +1,8 @@
 """Erased weights as a file: what changed, from which base, and how to put it on and take it off again.
 
 `erased.safetensors` holds the float32 *difference* student - base of each selected tensor under its denoiser
-parameter name, and provenance as JSON in the header. Differences, because they say what was erased and can
+parameter name, or the factors of that difference where an adapter was trained (`esd.lora`), and provenance as JSON
+in the header. Differences, because they say what was erased and can
 be checked against their base; float32, because a difference rounded to bf16 loses a third of what absolute
 bf16 weights lose.
 
@@ -22,9 +23,10 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,11 +36,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .lora import Lora, LowRank, layer_of
 from .storage import atomic
 from .weights import refuse_fused
 
 FORMAT = "esd-difference-v1"
+LORA_FORMAT = "esd-lora-v1"
 FILE_NAME = "erased.safetensors"
+LORA_NAME = "lora.safetensors"
 _VALUES = 32  # of each tensor in a fingerprint
 _MANTISSA = {"float32": 24, "float16": 11, "bfloat16": 8}
 
@@ -52,12 +57,12 @@ class Erased:
     """A loaded checkpoint.
 
     Attributes:
-        differences: student - base by denoiser parameter name, float32 on the CPU.
+        differences: student - base by denoiser parameter name, float32 on the CPU; a `LowRank` for an adapter.
         provenance: what the trainer wrote, and the base's "fingerprint".
         path: the file.
     """
 
-    differences: dict[str, Tensor]
+    differences: Mapping[str, Tensor]
     provenance: dict[str, Any]
     path: Path
 
@@ -90,7 +95,7 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
 
     Args:
         path: the file; its directory is made if need be.
-        differences: student - base by denoiser parameter name; stored as float32.
+        differences: student - base by denoiser parameter name, or a `LowRank` of them; stored as float32.
         provenance: anything JSON can hold; must have "fingerprint", made by `fingerprint` from the base
             tensors.
 
@@ -99,14 +104,18 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
     """
     if not differences or set(differences) != set(provenance.get("fingerprint", ())):
         raise ValueError("a checkpoint needs differences, and provenance['fingerprint'] for exactly those tensors")
-    tensors = {name: d.detach().to("cpu", torch.float32).contiguous() for name, d in differences.items()}
+    low = differences if isinstance(differences, LowRank) else None
+    stored = low.tensors() if low else differences
+    tensors = {name: d.detach().to("cpu", torch.float32).contiguous() for name, d in stored.items()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"the difference of {broken[0]!r} is not finite; such weights draw nothing")
     header = {
-        "format": FORMAT,
+        "format": LORA_FORMAT if low else FORMAT,
         "sha256": _digest(tensors),
         "provenance": json.dumps(dict(provenance), sort_keys=True),
     }
+    if low:
+        header["lora"] = json.dumps(asdict(low.lora))
     with atomic(Path(path)) as staged:
         save_file(tensors, staged, metadata=header)
 
@@ -127,17 +136,19 @@ def load(path: str | Path) -> Erased:
     try:
         with safe_open(file, framework="pt") as handle:
             header = handle.metadata() or {}
-            if header.get("format") != FORMAT:
+            if header.get("format") not in (FORMAT, LORA_FORMAT):
                 raise CheckpointError(
-                    f"{str(path)!r} has format {header.get('format')!r}; only {FORMAT!r}, as "
-                    "esd.train writes it, can be applied"
+                    f"{str(path)!r} has format {header.get('format')!r}; only {FORMAT!r} and {LORA_FORMAT!r}, as "
+                    "esd.train writes them, can be applied"
                 )
-            differences = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             provenance = json.loads(header.get("provenance", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            adapter = Lora(**json.loads(header["lora"])) if header["format"] == LORA_FORMAT else None
+            differences = LowRank.of_tensors(tensors, adapter) if adapter else tensors
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; copy or train it again") from error
     same_names = set(provenance.get("fingerprint", ())) == set(differences)
-    intact = same_names and header.get("sha256") == _digest(differences)
+    intact = same_names and header.get("sha256") == _digest(tensors)
     if not intact:
         raise CheckpointError(f"{str(path)!r} is damaged: the checksum does not match; copy or train it again")
     return Erased(differences, provenance, file)
@@ -227,6 +238,25 @@ def export_official(path: str | Path | Erased, pipe: Any, out: str | Path) -> No
     header = {"format": "pt", "provenance": json.dumps(checkpoint.provenance, sort_keys=True)}
     with atomic(Path(out)) as staged:
         save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, staged, metadata=header)
+
+
+def write_lora(pipe: Any, differences: LowRank, out: Path) -> None:
+    """Writes an adapter as `pipe.load_lora_weights` of the stock pipeline reads it.
+
+    Args:
+        pipe: of the base; says how diffusers names the parts.
+        differences: of its denoiser.
+        out: file to write, `.safetensors`.
+    """
+    from peft import LoraConfig
+
+    lora, part = differences.lora, "unet" if hasattr(pipe, "unet") else "transformer"
+    layers = [layer_of(name) for name in differences]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers)  # type: ignore[arg-type]
+    stored = {f"{part}_lora_layers": differences.tensors(), f"{part}_lora_adapter_metadata": config.to_dict()}
+    with atomic(out) as staged, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}") as folder:
+        pipe.save_lora_weights(folder, weight_name=out.name, **stored)
+        Path(folder, out.name).replace(staged)
 
 
 def _loaded(path: str | Path | Erased) -> Erased:

@@ -99,9 +99,11 @@ class PreserveConfig:
 
 @dataclass
 class WeightsConfig:
-    """What is trained: a full-rank run changes the selected weights themselves."""
+    """What is trained: the selected weights themselves, or thin products beside them (LoRA)."""
 
-    kind: str = option("full", "train the selected weights themselves", one_of=("full",))
+    kind: str = option("full", "full trains the selected weights, lora an adapter beside them", one_of=("full", "lora"))
+    rank: int | None = option(None, "of the adapter's products, such as 16; for lora", at_least=1)
+    alpha: float | None = option(None, "the products are scaled by alpha / rank; null is the rank; for lora", above=0)
 
 
 @dataclass
@@ -249,6 +251,7 @@ class TrainConfig:
             )
         if len(self.training.betas) != 2:
             raise UserError(f"training.betas={self.training.betas}: Adam takes two, such as training.betas=[0.9,0.999]")
+        check_weights(self.weights)
         check_pull(self.training)
         check_time_rule(self.trajectory)
 
@@ -289,6 +292,18 @@ class GenerateConfig:
     def run_path(self) -> Path:
         """The run directory: as given, or named after the prompts."""
         return Path(self.run_dir or Path("runs", "images-" + slug(str(self.prompts))))
+
+
+def check_weights(weights: WeightsConfig) -> None:
+    """Raises UserError for an adapter's setting without an adapter, or an adapter without a rank."""
+    given = [name for name in ("rank", "alpha") if getattr(weights, name) is not None]
+    if weights.kind == "full" and given:
+        raise UserError(
+            f"weights.{given[0]}={getattr(weights, given[0])} says nothing about weights=full; set weights=lora, or "
+            "leave it out"
+        )
+    if weights.kind == "lora" and weights.rank is None:
+        raise UserError("weights.rank is not set; weights=lora sets 16, weights.rank=8 another one")
 
 
 def check_ranges(config: Any) -> None:

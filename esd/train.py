@@ -258,6 +258,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
 
     from esd.evaluation.prompts import say
     from esd.evaluation.vocabulary import expand_prompts, in_turns
+    from esd.lora import Lora
     from esd.objectives import Objective
     from esd.sources import Sampling
     from esd.trainer import TrainPlan
@@ -267,12 +268,13 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         return tuple(in_turns(expand_prompts(templates, vocabulary, but=config.concepts)))
 
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
-    training = dataclasses.asdict(config.training)
+    weights, training = config.weights, dataclasses.asdict(config.training)
     del training["mixed_precision"]  # the accelerator's
     return TrainPlan(
         concepts=tuple(config.concepts),
         prompts=filled(config.concepts),
         selection=config.selection,
+        lora=Lora(weights.rank, weights.alpha or float(weights.rank)) if weights.rank else None,
         erase_from=filled(config.erase_from),
         preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=config.concepts))),
         preserve_weight=config.preserve.weight,

@@ -28,9 +28,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from esd import checkpoint, objectives, seeding
+from esd import checkpoint, lora, objectives, seeding
 from esd.errors import UserError
 from esd.families import Conditioning, Family
+from esd.lora import Lora, LoraViews, LowRank
 from esd.objectives import Anchor, Objective
 from esd.progress import Log, termination
 from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Sampling, Source
@@ -63,6 +64,7 @@ class TrainPlan:
         preserve: prompts whose prediction should stay; () for none.
         preserve_weight: of that term.
         selection: expression for the trained parameters.
+        lora: train an adapter beside them; None trains them themselves.
         objective: anchor, eta, weighting.
         sampling: how x_t is drawn.
         sampler: who draws it, the "student" (the paper) or the "teacher".
@@ -90,6 +92,7 @@ class TrainPlan:
     preserve: tuple[str, ...]
     preserve_weight: float
     selection: str
+    lora: Lora | None
     objective: Objective
     sampling: Sampling
     sampler: Literal["student", "teacher"]
@@ -152,10 +155,11 @@ def train(
 
 
 @contextmanager
-def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views]:
+def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views | LoraViews]:
     """The family's model as student and teacher, for the length of a `with` block; the base again on any exit."""
     denoiser: Any = family.denoiser
-    views = Views(denoiser, family.select(plan.selection).names)
+    names = family.select(plan.selection).names
+    views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else Views(denoiser, names)
     try:
         if plan.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -169,7 +173,12 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
 
 
 def _train(
-    family: Family, plan: TrainPlan, views: Views, run_dir: Path, accelerator: Any, versions: Mapping[str, str]
+    family: Family,
+    plan: TrainPlan,
+    views: Views | LoraViews,
+    run_dir: Path,
+    accelerator: Any,
+    versions: Mapping[str, str],
 ) -> TrainResult:
     """What `train` says, with the model already made trainable."""
     erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
@@ -210,7 +219,7 @@ def _train(
             norm = accelerator.clip_grad_norm_(views.parameters(), plan.clip_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            moved = pull_towards_base(views, learning_rate(plan, step) * plan.weight_decay)
+            moved = views.pull(learning_rate(plan, step) * plan.weight_decay)
             erase_loss, preserve_loss = accelerator.reduce(losses, "mean").tolist()
             metrics = {
                 "step": step + 1,
@@ -239,7 +248,10 @@ def _train(
 
     seconds, path = spent(), run_dir / checkpoint.FILE_NAME
     if accelerator.is_main_process:
-        checkpoint.save(path, views.differences(), provenance(family, plan, views, seconds, versions))
+        differences = views.differences()
+        checkpoint.save(path, differences, provenance(family, plan, views, seconds, versions))
+        if isinstance(differences, LowRank):
+            checkpoint.write_lora(family.pipe, differences, run_dir / checkpoint.LORA_NAME)
     accelerator.wait_for_everyone()
     return TrainResult(path, sum(p.numel() for p in views.parameters()), seconds)
 
@@ -354,24 +366,9 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     return plan.lr * shape[plan.lr_schedule]
 
 
-@torch.no_grad()
-def pull_towards_base(views: Views, share: float) -> float:
-    """Moves the student this share of the way back to the base; returns its distance from it then (L2).
-
-    Weight decay shrinks weights to 0, which a trained model is not made of; here 0 is the base.
-    """
-    squares = []
-    for name, parameter in views.named_parameters().items():
-        base = views.base[name].float()
-        if share:
-            parameter.lerp_(base, share)
-        squares.append((parameter - base).square().sum())
-    return float(torch.stack(squares).sum().sqrt())
-
-
 def state(
     step: int,
-    views: Views,
+    views: Views | LoraViews,
     adam: torch.optim.Adam,
     identity: Mapping[str, Any],
     seconds: float,
@@ -392,7 +389,7 @@ def state(
 
 
 def resume(
-    folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
+    folder: Path, views: Views | LoraViews, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
 ) -> tuple[int, float, Mapping[str, Tensor] | None]:
     """Puts the newest valid state into the student, Adam and a bank that the student filled.
 
@@ -422,7 +419,7 @@ def resume(
 
 
 def provenance(
-    family: Family, plan: TrainPlan, views: Views, seconds: float, versions: Mapping[str, str]
+    family: Family, plan: TrainPlan, views: Views | LoraViews, seconds: float, versions: Mapping[str, str]
 ) -> dict[str, Any]:
     """What a checkpoint says about itself: enough to recognise its base and to train it again."""
     return {
@@ -452,7 +449,8 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     """
     erasing, preserving = point_sources(family, plan, None, None, num_processes)
     objective, sampling = plan.objective, plan.sampling
-    selection = family.select(plan.selection).describe().replace("\n", f"\n{'':11}")
+    chosen = family.select(plan.selection)
+    selection = chosen.describe().replace("\n", f"\n{'':11}")
     points = plan.batch_size * plan.gradient_accumulation * num_processes
     shared = f" in {num_processes} processes" if num_processes > 1 else ""
     anew = "anew for every update"
@@ -472,6 +470,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         "erase": ", ".join(plan.concepts),
         "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
         "train": selection,
+        "adapter": plan.lora and adapter(family, chosen.names, plan.lora),
         "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
         "from": listed(plan.erase_from),
         "preserve": preserving
@@ -484,6 +483,18 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
     warnings += [f"{'mind':<10} {told}" for told in family.advice(sampling.num_steps, sampling.guidance_scale)]
     return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
+
+
+def adapter(family: Family, names: Sequence[str], how: Lora) -> str:
+    """What an adapter on these parameters trains, and what it leaves as it is.
+
+    Raises:
+        UserError: see `esd.lora.matrices`.
+    """
+    beside = len(lora.matrices(family.denoiser, names))
+    left = f"; {len(names) - beside} biases, norms and embeddings stay" if beside < len(names) else ""
+    values = lora.size(family.denoiser, names, how.rank)
+    return f"LoRA of rank {how.rank}, alpha {how.alpha:g}, beside {beside} matrices: {values:,} values{left}"
 
 
 def used(source: Source, texts: Sequence[str], updates: int) -> str:

@@ -118,6 +118,20 @@ class Views:
         for name, parameter in self.named_parameters().items():
             parameter.copy_(values[name])
 
+    @torch.no_grad()
+    def pull(self, share: float) -> float:
+        """Moves the student this share of the way back to the base; returns its distance from it then (L2).
+
+        Weight decay shrinks weights to 0, which a trained model is not made of; here 0 is the base.
+        """
+        squares = []
+        for name, parameter in self.named_parameters().items():
+            base = self.base[name].float()
+            if share:
+                parameter.lerp_(base, share)
+            squares.append((parameter - base).square().sum())
+        return float(torch.stack(squares).sum().sqrt())
+
     def restore(self) -> None:
         """Puts the base back bit for bit, in its own precision, and every `requires_grad` as it was."""
         for name, parameter in self.student.named_parameters():

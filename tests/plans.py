@@ -16,6 +16,7 @@ PLAN = TrainPlan(
     preserve=(),
     preserve_weight=1.0,
     selection="cross.k + cross.v",
+    lora=None,
     objective=Objective(),
     sampling=SAMPLING,
     sampler="teacher",

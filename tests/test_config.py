@@ -28,6 +28,10 @@ def config(**settings: object) -> TrainConfig:
     ("settings", "told"),
     [
         ({"concepts": []}, "concepts=[]"),
+        ({"weights__rank": 8}, "weights.rank=8 says nothing about weights=full"),
+        ({"weights__kind": "lora"}, "weights.rank is not set"),
+        ({"weights__kind": "lora", "weights__rank": 0}, "weights.rank=0"),
+        ({"weights__kind": "lora", "weights__rank": 8, "weights__alpha": -1.0}, "weights.alpha=-1"),
         ({"concepts": [" "]}, "empty"),
         ({"concepts": ["x" * 10_000]}, "10000 characters"),
         ({"concepts": ["cat\ndog"]}, "line break"),
