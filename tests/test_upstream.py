@@ -1,0 +1,136 @@
+"""The authors' programs, target for target: each experiment against a loop written from its published formula.
+
+Here nothing of `esd` computes what is expected but the draws of noise, sample and time. The columns are those of
+CompVis' train-esd.py (a2189e9), alt_esd_diffusers.py and esd_sd.py (25613d2) of rohitgandikota/erasing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PNDMScheduler
+from torch import Tensor
+
+from esd import objectives, seeding, trainer
+from esd.config import TrainConfig
+from esd.families import family_of
+from esd.train import make_plan
+from esd.weights import Views
+from tests import tiny
+from tests.test_conf import composed
+
+STEPS, GUIDANCE, TOTAL, SEED = 10, 3.0, 1000, 7
+WIDTH = TOTAL // STEPS
+TWICE = 801  # PNDM evaluates its second time twice; the label alone does not tell which of the two points it is
+Predict = Callable[..., tuple[Tensor, ...]]  # of x, t and prompts: one prediction for each prompt
+
+
+def alpha_sigma(t: float) -> tuple[float, float]:
+    """Of Stable Diffusion: square roots of the running product of 1 - beta, beta's square root linear in t."""
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, TOTAL)
+    product = float((1 - roots**2).cumprod(0)[int(t)])
+    return math.sqrt(product), math.sqrt(1 - product)
+
+
+def ddim(predict: Predict, x: Tensor, levels: list[int], prompt: str) -> Tensor:
+    """x at the last of the levels, by guided steps from each to the next (DDIM, eta 0)."""
+    for t, below in pairwise(levels):
+        null, cond = predict(x, t, "", prompt)
+        eps = null + GUIDANCE * (cond - null)
+        (a, s), (a_below, s_below) = alpha_sigma(t), alpha_sigma(below)
+        x = a_below * (x - s * eps) / a + s_below * eps
+    return x
+
+
+def compvis(predict: Predict, x: Tensor, t: float, prompt: str) -> Tensor:
+    """The first of the levels 1, 101, ... is left out at the top; x stops two bins below the one its label is in."""
+    bin_of_label = int(t) // WIDTH
+    levels = [1 + WIDTH * k for k in range(STEPS - 1)][::-1]
+    stop = 1 + WIDTH * (bin_of_label - 2)
+    if bin_of_label >= 2:
+        return ddim(predict, x, levels[: levels.index(stop) + 1], prompt)
+    return ddim(predict, x, [*levels, 0], prompt)  # all steps; the last goes to the first training time
+
+
+def alt(predict: Predict, x: Tensor, t: float, prompt: str) -> Tensor:
+    """k steps from the top; the label is T - k T/n, above x's own level T - (k + 1) T/n + 1."""
+    k = round((TOTAL - t) / WIDTH)
+    levels = [1 + WIDTH * level for level in range(STEPS)][::-1]
+    return ddim(predict, x, levels[: k + 1], prompt)
+
+
+def pndm(predict: Predict, x: Tensor, t: float, prompt: str) -> Tensor:
+    """The model's own sampler up to its step at t."""
+    solver = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    solver.set_timesteps(STEPS)
+    for time in solver.timesteps.tolist():
+        if time == t:
+            return x
+        null, cond = predict(x, time, "", prompt)
+        x = solver.step(null + GUIDANCE * (cond - null), time, x, return_dict=False)[0]
+    raise AssertionError(f"{t} is none of the sampler's times")
+
+
+COLUMNS: dict[str, tuple[Callable[[Predict, Tensor, float, str], Tensor], str, float, str]] = {
+    "upstream_compvis": (compvis, "null", 1.0, "student"),
+    "upstream_alt": (alt, "null", 2.0, "student"),
+    "upstream_2025": (pndm, "concept", 2.0, "teacher"),
+}
+
+
+def predictor(pipe: Any, unet: torch.nn.Module) -> Predict:
+    @torch.no_grad()
+    def predict(x: Tensor, t: float, *prompts: str) -> tuple[Tensor, ...]:
+        states = torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts])
+        return unet(torch.cat([x] * len(prompts)), torch.tensor(t), encoder_hidden_states=states).sample.split(1)
+
+    return predict
+
+
+@pytest.mark.parametrize("experiment", COLUMNS)
+@pytest.mark.parametrize("erase_from", [None, "dog"])
+def test_points_and_targets_are_those_of_the_published_formula(experiment: str, erase_from: str | None) -> None:
+    walk, anchor, eta, sampler = COLUMNS[experiment]
+    pipe = tiny.pipeline()
+    base = copy.deepcopy(pipe.unet)
+    settings = [f"experiment={experiment}", "concepts=[cat]", f"trajectory.num_steps={STEPS}", "trajectory.size=16"]
+    if erase_from:
+        settings.append(f"erase_from=[{erase_from}]")
+    config = composed("train", [*settings, f"seed={SEED}"])
+    assert isinstance(config, TrainConfig)
+    config.check()
+    family, plan = family_of(pipe), make_plan(config, None)
+    views = Views(family.denoiser, family.select(plan.selection).names)
+    with torch.no_grad():
+        for number, parameter in enumerate(views.parameters()):
+            parameter.add_(0.05 * seeding.normal([seeding.generator(SEED, "moved", number)], parameter.shape)[0])
+    erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
+    teacher, student = predictor(pipe, base), predictor(pipe, pipe.unet)
+
+    for step in range(8):
+        points = erasing.points(step, [0])
+        if walk is pndm and float(points.t[0]) == TWICE:
+            continue
+        noise = seeding.normal([seeding.generator(SEED, "noise", step, 0)], (4, 8, 8))
+        t, told = float(points.t[0]), erase_from or "cat"
+        rolled = "cat" if experiment == "upstream_alt" else told
+        torch.testing.assert_close(
+            points.x, walk(student if sampler == "student" else teacher, noise, t, rolled), atol=1e-5, rtol=1e-5
+        )
+        cat, null, *origin = teacher(points.x, t, "cat", "", *([erase_from] if erase_from else []))
+        expected = (origin[0] if origin else {"null": null, "concept": cat}[anchor]) - eta * (cat - null)
+        ours = objectives.target(
+            points.prediction(plan.objective.anchor), points.concept, points.prediction("null"), eta=plan.objective.eta
+        )
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    assert Path(config.model.path).name == "stable-diffusion-v1-4"
