@@ -87,6 +87,20 @@ UPSTREAM = {
     "preserve.prompts": [],
     "prompts": ["{}"],
 }
+_2026: dict[str, object] = {
+    "model.precision": "bfloat16",
+    "selection": "esd_x",
+    "objective.anchor": "concept",
+    "objective.eta": 1,
+    "objective.embedded_guidance": 1,
+    "trajectory.sampler": "teacher",
+    "trajectory.guidance_scale": 3.5,
+    "trajectory.time_rule": "index",
+    "trajectory.scheduler": None,
+    "trajectory.size": 512,
+    "training.lr": 1e-4,
+    "training.updates": 1400,
+}
 OF_ITS_OWN: dict[str, dict[str, object]] = {
     "upstream_compvis": {
         "objective.eta": 1,
@@ -114,6 +128,8 @@ OF_ITS_OWN: dict[str, dict[str, object]] = {
         "training.lr": 5e-5,
         "training.updates": 200,
     },
+    "upstream_2026_flux": _2026 | {"model.path": "black-forest-labs/FLUX.1-dev", "trajectory.num_steps": 28},
+    "upstream_2026_klein": _2026 | {"model.path": "black-forest-labs/FLUX.2-klein-base-4B", "trajectory.num_steps": 50},
 }
 
 

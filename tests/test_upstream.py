@@ -1,7 +1,8 @@
 """The authors' programs, target for target: each experiment against a loop written from its published formula.
 
 Here nothing of `esd` computes what is expected but the draws of noise, sample and time. The columns are those of
-CompVis' train-esd.py (a2189e9), alt_esd_diffusers.py and esd_sd.py (25613d2) of rohitgandikota/erasing.
+CompVis' train-esd.py (a2189e9), alt_esd_diffusers.py and esd_sd.py (25613d2) of rohitgandikota/erasing, and the FLUX
+scripts of its rewrite (2ff19a1), whose x_t the stock pipeline draws.
 """
 
 from __future__ import annotations
@@ -134,3 +135,84 @@ def test_points_and_targets_are_those_of_the_published_formula(experiment: str, 
         )
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
     assert Path(config.model.path).name == "stable-diffusion-v1-4"
+
+
+FLUX_STEPS, FLUX_GUIDANCE, TEXTS = 5, 3.5, ["cat", ""]
+
+
+def flux_tokens(x: Tensor) -> Tensor:
+    """(b, c, h, w) as FLUX.1 reads it: a token of every 2 x 2 cell, (b, h / 2 * w / 2, 4 c)."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def klein_tokens(x: Tensor) -> Tensor:
+    """(b, c, h, w) as FLUX.2 reads it: a token of every place, (b, h w, c)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def flux_said(pipe: Any, transformer: Any, x: Tensor, t: float) -> Tensor:
+    """What FLUX.1-dev says of the concept and of the null prompt, told guidance 1, as tokens (2, n, d)."""
+    states, pooled, text_ids = pipe.encode_prompt(TEXTS, TEXTS, device="cpu", max_sequence_length=tiny.TOKENS)
+    h, w = x.shape[2] // 2, x.shape[3] // 2
+    places = torch.tensor([[0.0, row, column] for row in range(h) for column in range(w)])
+    return transformer(
+        flux_tokens(x).repeat(2, 1, 1), states, pooled, torch.full((2,), t / 1000), places, text_ids, torch.ones(2)
+    ).sample
+
+
+def klein_said(pipe: Any, transformer: Any, x: Tensor, t: float) -> Tensor:
+    """What FLUX.2 Klein says of the concept and of the null prompt, as tokens (2, n, d)."""
+    states, text_ids = pipe.encode_prompt(TEXTS, device="cpu", max_sequence_length=tiny.TOKENS)
+    places = torch.tensor([[0, row, column, 0] for row in range(x.shape[2]) for column in range(x.shape[3])])
+    return transformer(
+        klein_tokens(x).repeat(2, 1, 1), states, torch.full((2,), t / 1000), places.expand(2, -1, -1), text_ids, None
+    ).sample
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "tokens", "said"),
+    [
+        ("upstream_2026_flux", "flux-dev", flux_tokens, flux_said),
+        ("upstream_2026_klein", "klein-base", klein_tokens, klein_said),
+    ],
+)
+def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_map_the_concept_to_null(
+    experiment: str, name: str, tokens: Callable[[Tensor], Tensor], said: Callable[..., Tensor]
+) -> None:
+    pipe = tiny.every(name)
+    base = copy.deepcopy(pipe.transformer)
+    steps = [f"trajectory.num_steps={FLUX_STEPS}", "trajectory.size=16", f"seed={SEED}"]
+    config = composed("train", [f"experiment={experiment}", "concepts=[cat]", *steps])
+    assert isinstance(config, TrainConfig)
+    config.check()
+    family: Any = family_of(pipe)
+    family.max_tokens = tiny.TOKENS
+    plan = make_plan(config, None)
+    views = Views(family.denoiser, family.select(plan.selection).names)
+    erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
+    met = set()
+    for step in range(5):
+        points = erasing.points(step, [0])
+        t, path = float(points.t[0]), list[Tensor]()
+        noise = tokens(seeding.normal([seeding.generator(SEED, "noise", step, 0)], points.x.shape[1:]))
+
+        def keep(_pipe: Any, _step: int, _time: Any, latents: dict[str, Tensor], path: list[Tensor] = path) -> Any:
+            path.append(latents["latents"])
+            return latents
+
+        pipe(
+            prompt="cat", num_inference_steps=FLUX_STEPS, guidance_scale=FLUX_GUIDANCE, height=16, width=16,
+            latents=noise if name == "flux-dev" else seeding.normal(
+                [seeding.generator(SEED, "noise", step, 0)], points.x.shape[1:]
+            ),
+            max_sequence_length=tiny.TOKENS, output_type="latent", callback_on_step_end=keep,
+        )  # fmt: skip
+        at = pipe.scheduler.timesteps.tolist().index(t)
+        met.add(at)
+        torch.testing.assert_close(tokens(points.x), [noise, *path][at], atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            cat, null = said(pipe, base, points.x, t).split(1)
+        ours = objectives.target(points.concept, points.concept, points.prediction("null"), eta=plan.objective.eta)
+        torch.testing.assert_close(tokens(ours), cat - 1.0 * (cat - null), atol=1e-6, rtol=0)
+    assert len(met) > 2
