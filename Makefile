@@ -1,5 +1,6 @@
 # Everything runs in .venv, which is made from pyproject.toml with the versions of constraints.txt.
-# Another Python: `make demo PYTHON=python3.12`.
+# Another Python: `make demo PYTHON=python3.12`. TORCH_INDEX=ADDRESS installs torch from that package index first, such as
+# the one of PyTorch's CPU builds; the pin accepts every build of its version.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,6 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OFFICIAL := runs/demo/official.safetensors
 
 .PHONY: help
 help: ## say what there is to make
@@ -20,6 +22,7 @@ help: ## say what there is to make
 $(STAMP): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "no Python >= 3.11 found; name one: make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@[ -z "$(TORCH_INDEX)" ] || $(BIN)/python -m pip install --quiet -c constraints.txt -i "$(TORCH_INDEX)" torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,emoji,tensorboard]'
 	@touch $@
 
@@ -29,6 +32,7 @@ venv: $(STAMP) ## make .venv with the pinned dependencies and this package in it
 .PHONY: demo
 demo: $(STAMP) ## erase the cat from the bundled model into runs/demo; print the rates and where the picture is
 	$(BIN)/python -m esd.train experiment=erase_thing 'concepts=[cat]' run_dir=runs/demo
+	@[ -e $(OFFICIAL) ] || $(BIN)/python -m esd.files export runs/demo --format official --out $(OFFICIAL)
 	@$(BIN)/python scripts/rates.py runs/demo
 
 .PHONY: test

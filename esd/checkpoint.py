@@ -1,10 +1,10 @@
 """Erased weights as a file: what changed, from which base, and how to put it on and take it off again.
 
-`erased.safetensors` holds the float32 *difference* student - base of each selected tensor under its denoiser
-parameter name, or the factors of that difference where an adapter was trained (`esd.lora`), and provenance as JSON
-in the header. Differences, because they say what was erased and can
+`erased.safetensors` holds the float32 *difference* student - base of each selected tensor as `difference.` and its
+denoiser parameter name, or the factors of that difference where an adapter was trained (`esd.lora`), and provenance
+as JSON in the header. Differences, because they say what was erased and can
 be checked against their base; float32, because a difference rounded to bf16 loses a third of what absolute
-bf16 weights lose.
+bf16 weights lose. No stored name is one of a stock module, for `load_state_dict` would take differences for weights.
 
 Nothing is ever half applied: another base, unknown names, wrong shapes, a damaged file or a second
 application are refused before the first weight changes. A silent no-op is the worst thing a file of weights
@@ -24,7 +24,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,6 +43,7 @@ FORMAT = "esd-difference-v1"
 LORA_FORMAT = "esd-lora-v1"
 FILE_NAME = "erased.safetensors"
 LORA_NAME = "lora.safetensors"
+_PREFIX = "difference."
 _VALUES = 32  # of each tensor in a fingerprint
 _MANTISSA = {"float32": 24, "float16": 11, "bfloat16": 8}
 
@@ -105,17 +105,17 @@ def save(path: str | Path, differences: Mapping[str, Tensor], provenance: Mappin
     if not differences or set(differences) != set(provenance.get("fingerprint", ())):
         raise ValueError("a checkpoint needs differences, and provenance['fingerprint'] for exactly those tensors")
     low = differences if isinstance(differences, LowRank) else None
-    stored = low.tensors() if low else differences
+    stored = low.tensors() if low else {_PREFIX + name: difference for name, difference in differences.items()}
     tensors = {name: d.detach().to("cpu", torch.float32).contiguous() for name, d in stored.items()}
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"the difference of {broken[0]!r} is not finite; such weights draw nothing")
+        raise ValueError(f"{broken[0]!r} is not finite; such weights draw nothing")
     header = {
         "format": LORA_FORMAT if low else FORMAT,
-        "sha256": _digest(tensors),
         "provenance": json.dumps(dict(provenance), sort_keys=True),
     }
     if low:
         header["lora"] = json.dumps(asdict(low.lora))
+    header["sha256"] = _digest(tensors, header)
     with atomic(Path(path)) as staged:
         save_file(tensors, staged, metadata=header)
 
@@ -142,15 +142,21 @@ def load(path: str | Path) -> Erased:
                     "esd.train writes them, can be applied"
                 )
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            provenance = json.loads(header.get("provenance", "{}"))
-            adapter = Lora(**json.loads(header["lora"])) if header["format"] == LORA_FORMAT else None
-            differences = LowRank.of_tensors(tensors, adapter) if adapter else tensors
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; copy or train it again") from error
-    same_names = set(provenance.get("fingerprint", ())) == set(differences)
-    intact = same_names and header.get("sha256") == _digest(tensors)
-    if not intact:
+    if header.get("sha256") != _digest(tensors, header):
         raise CheckpointError(f"{str(path)!r} is damaged: the checksum does not match; copy or train it again")
+    try:
+        provenance = json.loads(header["provenance"])
+        adapter = Lora(**json.loads(header["lora"])) if header["format"] == LORA_FORMAT else None
+        whole = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+        differences = LowRank.of_tensors(tensors, adapter) if adapter else whole
+        if {name: _known(told) for name, told in provenance["fingerprint"].items()}.keys() != differences.keys():
+            raise ValueError("its fingerprint is of other tensors")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: its header is not what esd.train writes ({error!r}); train it again"
+        ) from error
     return Erased(differences, provenance, file)
 
 
@@ -282,9 +288,10 @@ def _fitting(checkpoint: Erased, denoiser: nn.Module) -> dict[str, nn.Parameter]
     parameters, file = dict(denoiser.named_parameters()), checkpoint.path.name
     for name, difference in checkpoint.differences.items():
         if name not in parameters:
-            near = get_close_matches(name, parameters, n=1, cutoff=0.8)
-            hint = f"; nearest: {near[0]} (unload adapters first)" if near else "; it is for another architecture"
-            raise CheckpointError(f"{file} holds {name!r}, which {type(denoiser).__name__} does not have{hint}")
+            layer, _, leaf = name.rpartition(".")
+            wears = f"{layer}.base_layer.{leaf}" in parameters  # as PEFT renames it
+            mend = "unload adapters first" if wears else f"use the base it was made from: {_base(checkpoint)}"
+            raise CheckpointError(f"{file} holds {name!r}, which {type(denoiser).__name__} does not have; {mend}")
         if parameters[name].shape != difference.shape:
             raise CheckpointError(
                 f"{file} holds {name!r} of shape {tuple(difference.shape)}, the model's is "
@@ -302,14 +309,24 @@ def _fitting(checkpoint: Erased, denoiser: nn.Module) -> dict[str, nn.Parameter]
 
 def _same(known: Mapping[str, str], tensor: Tensor) -> bool:
     """Whether a tensor agrees with its fingerprint at the coarser of the two precisions."""
-    then = torch.from_numpy(np.frombuffer(base64.b64decode(known["values"]), "<f4").copy())
-    now = _sample(tensor)
+    then, now = _known(known), _sample(tensor)
     kinds = (known["dtype"], str(tensor.dtype).removeprefix("torch."))
     coarse: torch.dtype = getattr(torch, min(kinds, key=lambda kind: _MANTISSA.get(kind, 24)))
     then, now = then.to(coarse).float(), now.to(coarse).float()
     if set(kinds) == {"float16", "bfloat16"}:  # rounded twice on one side: one unit in bf16's last place
         return torch.allclose(then, now, rtol=2.0**-7, atol=2.0**-24)
     return torch.equal(then, now)
+
+
+def _known(told: Mapping[str, str]) -> Tensor:
+    """The values (k,) of one tensor's fingerprint, float32.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    if not isinstance(getattr(torch, told["dtype"]), torch.dtype):
+        raise ValueError(f"{told['dtype']!r} is no precision")
+    return torch.from_numpy(np.frombuffer(base64.b64decode(told["values"], validate=True), "<f4").copy())
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -319,9 +336,10 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten()[places].float().cpu()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values; the file's own bytes would change with the header's order."""
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of the header's other entries and of names, shapes and values; a file's bytes depend on their order."""
+    told = {name: text for name, text in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())

@@ -242,6 +242,8 @@ class TrainConfig:
                 raise UserError(
                     f"prompts={self.prompts}: {template!r} never names the concept; put {{}} where it belongs"
                 )
+        check_slots("prompts", self.prompts, ("{}", "{thing}", "{style}"))
+        check_slots("preserve.prompts", self.preserve.prompts, ("{thing}", "{style}"))
         if self.model.precision == "float16":
             raise UserError("model.precision=float16: training would overflow in it; allowed: float32, bfloat16")
         if self.model.precision == "bfloat16" and self.training.mixed_precision == "no":
@@ -253,6 +255,11 @@ class TrainConfig:
             raise UserError(f"training.betas={self.training.betas}: Adam takes two, such as training.betas=[0.9,0.999]")
         check_weights(self.weights)
         check_pull(self.training)
+        if self.training.warmup >= self.training.updates:
+            raise UserError(
+                f"training.warmup={self.training.warmup} with training.updates={self.training.updates}: the learning "
+                f"rate would never be reached; allowed: 0 to {self.training.updates - 1}"
+            )
         check_time_rule(self.trajectory)
 
     def run_path(self) -> Path:
@@ -370,9 +377,19 @@ def check_concepts(concepts: Sequence[str], *, name: str = "concepts") -> list[s
             raise UserError(f"{name}: {concept!r} holds a brace, which templates use; allowed: text without {{ and }}")
     spaced = [" ".join(concept.split()) for concept in concepts]
     plain = [re.sub(r"^(a|an|the) (?=\S)", "", concept, flags=re.IGNORECASE) for concept in spaced]
-    if len(set(plain)) < len(plain) and name == "concepts":
+    if len({concept.casefold() for concept in plain}) < len(plain) and name == "concepts":
         raise UserError(f"{name}={list(concepts)} names a concept twice; allowed: each once")
     return plain
+
+
+def check_slots(name: str, templates: Sequence[str], slots: Sequence[str]) -> None:
+    """Raises UserError for braces that are none of these slots: they would be trained on as they stand."""
+    for template in templates:
+        rest = template
+        for slot in slots:
+            rest = rest.replace(slot, "")
+        if "{" in rest or "}" in rest:
+            raise UserError(f"{name}: {template!r} holds braces that nothing fills; allowed: {', '.join(slots)}")
 
 
 def check_pull(training: TrainingConfig) -> None:

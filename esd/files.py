@@ -90,7 +90,7 @@ def export_official(file: str, out: Path, model: str | None = None, revision: st
     check_model(base, setting="--model")
     if base == named:
         revision = revision or found.provenance.get("revision")
-    checkpoint.export_official(found, load_pipeline(base, revision=revision), out)
+    checkpoint.export_official(found, load_pipeline(base, revision=revision, setting="--model"), out)
     print(
         f"wrote {out}; load it with pipe.unet.load_state_dict(safetensors.torch.load_file({str(out)!r}), strict=False)"
     )

@@ -33,6 +33,7 @@ def generate(config: GenerateConfig) -> int:
     """Draws what `config` says; returns the exit code."""
     run = RunDirectory(config.run_path(), config)
     from esd import checkpoint
+    from esd.evaluation.generate import base_of
     from esd.evaluation.generate import generate as draw
     from esd.evaluation.prompts import load as load_prompts
 
@@ -47,11 +48,12 @@ def generate(config: GenerateConfig) -> int:
     if config.plan_only:
         print(f"results would go to {run.path}; plan_only=true, so nothing was drawn")
         return 0
-    plans = {"base": plan(config, rows, run, "base", None)}
+    family = load(config.model, find_device(config.device))
+    family.scheduler(config.num_steps)  # tells whether it knows so many
+    base, pipe = base_of(family), family.pipe
+    plans = {"base": plan(config, rows, run / "base", base, None)}
     if found:
-        plans["erased"] = plan(config, rows, run, "erased", found.path)
-    pipe = load(config.model, find_device(config.device)).pipe
-    if found:
+        plans["erased"] = plan(config, rows, run / "erased", base, found.path)
         checkpoint.check(pipe, found)  # another base is refused before anything is written
     with run.claimed():
         draw(pipe, plans["base"], batch_size=config.batch_size)
@@ -63,13 +65,20 @@ def generate(config: GenerateConfig) -> int:
     return 0
 
 
-def plan(config: GenerateConfig, rows: list[PromptRow], run: RunDirectory, name: str, weights: Path | None) -> Manifest:
-    """What is drawn into run/name; refuses a folder that holds other images."""
+def plan(
+    config: GenerateConfig,
+    rows: list[PromptRow],
+    folder: Path,
+    base: dict[str, str | None],
+    weights: Path | None,
+) -> Manifest:
+    """What is drawn into a folder; refuses a folder that holds other images."""
     from esd.evaluation.generate import plan as plan_images
 
     return plan_images(
         rows,
-        run / name,
+        folder,
+        base=base,
         num_steps=config.num_steps,
         guidance_scale=config.guidance_scale,
         images_per_prompt=config.images_per_prompt,

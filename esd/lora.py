@@ -3,7 +3,8 @@
     W x  becomes  W x + (alpha / rank) B A x,   A: rank x in,  B: out x rank
 
 A begins random and B at zero, so that the student begins as the base. PEFT puts the layers in; the teacher is the
-same module with the adapter switched off, on again before anything is differentiated.
+same module with the adapter switched off, on again before anything is differentiated. It runs under autocast where
+the student does, as in `esd.weights`.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1; convolutions as in
 huggingface/peft, tuners/lora/layer.py.
@@ -126,10 +127,6 @@ class _AdapterOff:
             return self._module(*args, **kwargs)
         finally:
             self._module.enable_adapters()
-
-    @property
-    def config(self) -> Any:
-        return self._module.config
 
 
 class LoraViews:

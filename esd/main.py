@@ -41,6 +41,8 @@ FLAGS = (
     "--shell-completion",
     *("-m", "-c", "-p", "-i", "-r", "-sc", "-cp", "-cn", "-cd"),
 )
+# Of Hydra's own settings those that choose how a sweep runs and where settings are found; others move folders about.
+OPEN = ("hydra/launcher", "hydra.launcher.", "hydra/sweeper", "hydra.sweeper.", "hydra.sweep.", "hydra.searchpath")
 PLAIN = ("concepts", "erase_from", "prompts", "preserve.prompts")  # texts in which ${...} would be filled in
 HELP_END = """\
 Flags: --multirun runs every combination of a=1,2 b=x,y, each in its own directory.
@@ -69,6 +71,7 @@ def run_program(name: str, schema: type, task: Callable[[Any], int]) -> None:
                 raise UserError(
                     f"unknown flag {argument}; settings are given without dashes, as concepts=[cat]; --help lists all"
                 )
+        sys.argv[1:] = settled(name, sys.argv[1:])
         with tempfile.TemporaryDirectory(prefix="esd-sweep-") as scratch:
             _run_hydra(name, schema, task, scratch)
     except UserError as error:
@@ -76,6 +79,37 @@ def run_program(name: str, schema: type, task: Callable[[Any], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(EXIT_SIGNAL + signal.SIGINT)
+
+
+def settled(name: str, arguments: list[str]) -> list[str]:
+    """The arguments without `experiment=null`, and with `tracker=null` as `tracker=none`: Hydra knows no null group.
+
+    Raises:
+        UserError: another group is given what names no file, or a setting of Hydra's own is not open.
+    """
+    kept, groups = [], groups_of(name)
+    for argument in arguments:
+        setting, _, value = argument.partition("=")
+        plain = setting.lstrip("+~")
+        if plain.startswith(("hydra.", "hydra/")) and not plain.startswith(OPEN):
+            raise UserError(f"{argument}: Hydra's own settings are esd's to make; allowed: {', '.join(OPEN)}")
+        if argument == "experiment=null":
+            continue
+        if argument == "tracker=null":
+            argument = "tracker=none"
+        elif setting in groups and any(_names_nothing(choice) for choice in value.split(",")):
+            raise UserError(f"{argument}: allowed: {', '.join(groups[setting])}")
+        kept.append(argument)
+    return kept
+
+
+def _names_nothing(choice: str) -> bool:
+    """Whether Hydra would read a choice as null, a truth value or a number, not as a name."""
+    try:
+        float(choice)
+    except ValueError:
+        return choice.lower() in ("", "null", "true", "false")
+    return True
 
 
 def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str) -> None:
@@ -188,12 +222,17 @@ def _nearest(name: str, schema: Any, prefix: str = "") -> str:
 def _job_path(run_path: Path) -> Path:
     """The run directory of this job: `run_path`; in a sweep, one below it named by number and settings."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return run_path
-    swept = [override for override in hydra.overrides.task if override not in sys.argv]
+    parser = OverridesParser.create()
+    typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    fixed = {told.key_or_group for told in parser.parse_overrides(typed) if not told.is_sweep_override()}
+    jobs = zip(hydra.overrides.task, parser.parse_overrides(hydra.overrides.task), strict=True)
+    swept = [override for override, told in jobs if told.key_or_group not in fixed]
     return run_path / re.sub(r"[^\w.-]+", "_", "_".join([str(hydra.job.num), *swept]))[:120]
 
 
@@ -237,7 +276,6 @@ def help_text(name: str, schema: type) -> str:
     """The text of --help: an example, every setting with its default and meaning, groups, flags, codes."""
     yaml = (conf_dir() / f"{name}.yaml").read_text()
     example = yaml.splitlines()[0].lstrip("# ")
-    groups = re.findall(r"^  - (\w+):", yaml, flags=re.MULTILINE)
     launch = f", or accelerate launch -m esd.{name} ..." if name == "train" else ""
     lines = [
         f"usage: python -m esd.{name} SETTING=VALUE ...   (or: esd {name} ...{launch})",
@@ -251,7 +289,11 @@ def help_text(name: str, schema: type) -> str:
         one_of = f" [{', '.join(spec.metadata['one_of'])}]" if spec.metadata["one_of"] else ""
         lines.append(f"  {f'{field}={shown}':<36} {spec.metadata['help']}{one_of}")
     lines += ["", "Groups of settings, in conf/ (an experiment sets several at once):"]
-    for group in groups:
-        names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-        lines.append(f"  {group}={' | '.join(names)}")
+    lines += [f"  {group}={' | '.join(choices)}" for group, choices in groups_of(name).items()]
     return "\n".join([*lines, "", HELP_END])
+
+
+def groups_of(name: str) -> dict[str, list[str]]:
+    """The groups that a program's YAML file lists, each with its choices in conf/."""
+    groups = re.findall(r"^  - (\w+):", (conf_dir() / f"{name}.yaml").read_text(), flags=re.MULTILINE)
+    return {group: sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")) for group in groups}

@@ -132,28 +132,3 @@ def loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Te
     if weight.shape != per_sample.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, the batch needs {tuple(per_sample.shape)}")
     return (weight.to(per_sample) * per_sample).mean()
-
-
-def to_eps(prediction: Tensor, x: Tensor, source: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise ε (b, ...) that a prediction at x (b, ...) implies; α and σ are (b,)."""
-    a, s = _columns(alpha, x), _columns(sigma, x)
-    if source == "v_prediction":  # v = α ε - σ x_0 and x = α x_0 + σ ε, with α² + σ² = 1
-        return a * prediction + s * x
-    if source == "flow":  # v = ε - x_0 and x = (1 - σ) x_0 + σ ε
-        return x + a * prediction
-    return prediction
-
-
-def from_eps(eps: Tensor, x: Tensor, prediction_type: PredictionType, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The model-space prediction (b, ...) that means noise `eps` at x; inverse of `to_eps`, needs α > 0."""
-    a, s = _columns(alpha, x), _columns(sigma, x)
-    if prediction_type == "v_prediction":
-        return (eps - s * x) / a
-    if prediction_type == "flow":
-        return (eps - x) / a
-    return eps
-
-
-def _columns(values: Tensor, like: Tensor) -> Tensor:
-    """(b,) as (b, 1, 1, ...), to multiply something of `like`'s rank."""
-    return values.reshape(-1, *[1] * (like.ndim - 1)).to(like)

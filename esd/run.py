@@ -146,7 +146,13 @@ class RunDirectory:
             if self.path.exists() and any(not _ours(path) for path in self.path.iterdir()):
                 raise UserError(f"run_dir={self.path} holds files that are no run of esd; choose another run_dir")
             return
-        for name in self.settings.keys() | self.stored.keys():
+        foreign = [name for name, value in self.stored.items() if value is not None and name not in self.settings]
+        if foreign:
+            raise UserError(
+                f"run_dir={self.path} holds a run of another program or version of esd, which sets {foreign[0]}; "
+                "choose another run_dir"
+            )
+        for name in self.settings:
             told = _difference(name, self.stored.get(name), self.settings.get(name))
             if name not in NEUTRAL and told:
                 raise UserError(
@@ -170,7 +176,7 @@ def _difference(name: str, here: Any, now: Any) -> str:
     A setting that is null is as good as one that an older run did not know.
     """
     if isinstance(here, dict) and isinstance(now, dict):
-        parts = (_difference(f"{name}.{key}", here.get(key), now.get(key)) for key in now.keys() | here.keys())
+        parts = (_difference(f"{name}.{key}", here.get(key), now.get(key)) for key in now | here)
         return next(filter(None, parts), "")
     return "" if here == now else f"{name}={here} there, {now} here"
 

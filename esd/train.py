@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> int:
     accelerator = make_accelerator(config, tracker)
     family = load(config.model, accelerator.device)
     accelerator.print(describe(family, plan, accelerator.num_processes), flush=True)
-    check_judge(judge, family, config.evaluation)
+    check_evaluation(judge, family, config.evaluation)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
         accelerator.print(
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
@@ -144,8 +144,17 @@ def judge_of(model: str) -> Judge | None:
         raise UserError(f"model.path={model}: its judge cannot be read ({error!r}); restore that folder") from error
 
 
-def check_judge(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
-    """Raises UserError where the judge would read pictures, and the model draws them in another size."""
+def check_evaluation(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
+    """Refuses before training what would fail after it.
+
+    Raises:
+        UserError: the model's scheduler takes no such number of steps, or the judge would read pictures and the
+            model draws them in another size.
+    """
+    try:
+        family.scheduler(wanted.num_steps)
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from error
     asked = wanted.target_images + wanted.retained_images + wanted.implied_images
     if judge and asked and family.latent_shape(judge.size) != family.sample_shape:
         raise UserError(
@@ -252,7 +261,8 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     """The plan of a checked configuration: templates filled in, sections mapped to what the trainer takes.
 
     Raises:
-        UserError: a template needs a vocabulary that the model does not ship.
+        UserError: a template needs a vocabulary that the model does not ship, or two concepts are one to it; or see
+            `TrainPlan`.
     """
     import dataclasses
 
@@ -267,6 +277,8 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         templates = [say(template, {"": concept}) for template in config.prompts for concept in concepts]
         return tuple(in_turns(expand_prompts(templates, vocabulary, but=config.concepts)))
 
+    if vocabulary:
+        refuse_twins(config.concepts, vocabulary)
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
     weights, training = config.weights, dataclasses.asdict(config.training)
     del training["mixed_precision"]  # the accelerator's
@@ -295,6 +307,19 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         seed=config.seed,
         **training | {"betas": tuple(config.training.betas)},
     )
+
+
+def refuse_twins(concepts: list[str], vocabulary: Vocabulary) -> None:
+    """Raises UserError for two concepts that are one thing or style to the model."""
+    known: dict[Any, str] = {}
+    for concept in concepts:
+        if found := vocabulary.find(concept):
+            if found in known:
+                raise UserError(
+                    f"concepts={concepts}: {known[found]!r} and {concept!r} are both {found[1].name!r} to this model; "
+                    "allowed: each once"
+                )
+            known[found] = concept
 
 
 if __name__ == "__main__":

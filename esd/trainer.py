@@ -83,7 +83,8 @@ class TrainPlan:
         seed: of every draw.
 
     Raises:
-        UserError: prompts to erase from without the anchor "erase_from", or the other way round.
+        UserError: prompts to erase from without the anchor "erase_from", or the other way round; a prompt is both
+            trained on and preserved.
     """
 
     concepts: tuple[str, ...]
@@ -117,6 +118,11 @@ class TrainPlan:
             raise UserError(
                 f"objective.anchor={self.objective.anchor} with erase_from={list(self.erase_from)}; prompts to erase "
                 "from and the anchor erase_from go together"
+            )
+        if both := set(self.erase_from or self.prompts) & set(self.preserve):
+            raise UserError(
+                f"preserve.prompts: {min(both)!r} is a training prompt too, so that it would be erased and preserved; "
+                "leave it out of one of them"
             )
 
 
@@ -189,6 +195,7 @@ def _train(
         "plan": json.loads(json.dumps(asdict(plan))),
         "base": checkpoint.fingerprint(views.base),
         "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
     }
     first, earlier, filler = resume(run_dir / "state", views, adam, identity, erasing)
     if first:
@@ -249,7 +256,8 @@ def _train(
     seconds, path = spent(), run_dir / checkpoint.FILE_NAME
     if accelerator.is_main_process:
         differences = views.differences()
-        checkpoint.save(path, differences, provenance(family, plan, views, seconds, versions))
+        told = provenance(family, plan, views, seconds, versions, accelerator.mixed_precision)
+        checkpoint.save(path, differences, told)
         if isinstance(differences, LowRank):
             checkpoint.write_lora(family.pipe, differences, run_dir / checkpoint.LORA_NAME)
     accelerator.wait_for_everyone()
@@ -397,14 +405,14 @@ def resume(
         (updates done, seconds spent, the weights that filled the bank if there are any); zeros where no state is.
 
     Raises:
-        UserError: the state is of another plan or of another base.
+        UserError: the state is of another plan, base, number of processes or mixed precision.
     """
     saved = load_state(folder)
     if saved is None:
         return 0, 0.0, None
     if saved.facts["identity"] != identity:
         raise UserError(
-            f"{folder} holds the state of another plan, base or number of processes; "
+            f"{folder} holds the state of another plan, base, number of processes or mixed precision; "
             "choose another run_dir, or remove it"
         )
     filler = saved.tensors.get("filler")
@@ -419,7 +427,12 @@ def resume(
 
 
 def provenance(
-    family: Family, plan: TrainPlan, views: Views | LoraViews, seconds: float, versions: Mapping[str, str]
+    family: Family,
+    plan: TrainPlan,
+    views: Views | LoraViews,
+    seconds: float,
+    versions: Mapping[str, str],
+    mixed_precision: str,
 ) -> dict[str, Any]:
     """What a checkpoint says about itself: enough to recognise its base and to train it again."""
     return {
@@ -428,6 +441,7 @@ def provenance(
         "family": family.name,
         "fingerprint": checkpoint.fingerprint(views.base),
         **asdict(plan),
+        "mixed_precision": mixed_precision,
         "parameters": sum(p.numel() for p in views.parameters()),
         "seconds": round(seconds, 3),
         "versions": dict(versions),

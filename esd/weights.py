@@ -9,7 +9,8 @@ weights: silently wrong gradients).
 Selected tensors become float32 masters whatever the base's precision: at learning rates of 1e-5 a bf16
 weight mostly never moves, the update being under half its last bit. A float32 master inside a bf16 model
 needs autocast around the student's forward pass; the teacher's tensors keep the base's precision and need
-none.
+none. Where there is autocast the teacher runs under it too: both round alike, and it is then bit for bit what the
+base says under autocast, which over a float32 base is not what the base says without.
 """
 
 from __future__ import annotations
@@ -47,11 +48,6 @@ class Teacher:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output as it was before training."""
         return torch.func.functional_call(self._module, dict(self._base), args, kwargs)
-
-    @property
-    def config(self) -> Any:
-        """The module's own configuration."""
-        return self._module.config
 
 
 class Views:

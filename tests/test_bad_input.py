@@ -59,6 +59,20 @@ def refused(command: Command, told: str, program: str, *arguments: str) -> None:
         ([CAT, "prompts=['a {} in {style}']"], "ships no vocabulary.json"),
         ([CAT, "selection='cross.k + ('"], "cannot be read: it ends where"),
         ([CAT, "model.revision=abc"], "which is a folder here"),
+        ([CAT, "objective=null"], "objective=null: allowed: concept_anchor, esd"),
+        ([CAT, "model=null"], "model=null: allowed: emoji_sd"),
+        ([CAT, "weights=null"], "weights=null: allowed: full, lora"),
+        ([CAT, "trajectory="], "trajectory=: allowed: bank, on_policy"),
+        ([CAT, "experiment=3"], "experiment=3: allowed: erase_style"),
+        ([CAT, "--multirun", "experiment=erase_thing,null"], "experiment=erase_thing,null: allowed: erase_style"),
+        ([CAT, "hydra.run.dir=elsewhere"], "hydra.run.dir=elsewhere: Hydra's own settings"),
+        ([CAT, "++hydra.output_subdir=x"], "Hydra's own settings"),
+        ([CAT, "hydra.job.chdir=true"], "Hydra's own settings"),
+        ([CAT, "prompts=['a {} {thng}']"], "'a {} {thng}' holds braces that nothing fills; allowed: {}, {thing}"),
+        ([CAT, "preserve.prompts=['a {}']"], "'a {}' holds braces that nothing fills; allowed: {thing}, {style}"),
+        ([CAT, "prompts=['a {}']", "preserve.prompts=['a cat']"], "'a cat' is a training prompt too"),
+        ([CAT, "training.warmup=4"], "training.warmup=4 with training.updates=4"),
+        (["concepts=[cat,a Cat]"], "names a concept twice"),
         ([CAT, "model.path=checkpoints/emoji-sd"], "comes with a clone of esd"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "",
@@ -84,6 +98,7 @@ def test_an_experiment_of_the_users_own_counts_like_those_of_conf(command: Comma
             "defaults: [/experiment/erase_thing, _self_]",
             "prompts: ['{}']",
             "preserve: {prompts: []}",
+            "objective: {eta: 1.0}",
         ),
         "experiment/headless": ("prompts: ['{}']",),
         "objective/soft": ("eta: 1e-1",),
@@ -108,12 +123,14 @@ def test_an_experiment_of_the_users_own_counts_like_those_of_conf(command: Comma
     [
         (["selection=attn3"], "nearest: attn1, attn2"),
         (["trajectory.time_rule=compvis"], "scheduler=ddim"),
+        (["trajectory.num_steps=1000"], "num_steps is 1000: PNDMScheduler would visit t = 1000"),
+        (["evaluation.num_steps=1000"], "evaluation.num_steps is 1000: PNDMScheduler would visit t = 1000"),
         (
             ["trajectory.rollouts=1", "trajectory.reuse=1", "training.batch_size=64"],
             "raise rollouts or reuse",
         ),
     ],
-    ids=["selection", "time rule", "bank"],
+    ids=["selection", "time rule", "steps", "evaluation", "bank"],
 )
 def test_a_mistake_that_only_the_model_can_tell_writes_nothing_either(
     command: Command, arguments: list[str], told: str
@@ -132,7 +149,7 @@ def test_a_run_directory_of_another_run_is_refused(command: Command) -> None:
         *FAST,
         "objective.eta=2",
     )
-    refused(command, "holds another run", "generate", "prompts=[a cat]", "run_dir=run", *FAST_IMAGES)
+    refused(command, "holds a run of another program", "generate", "prompts=[a cat]", "run_dir=run", *FAST_IMAGES)
 
 
 @pytest.mark.parametrize("concept", ["AC/DC", "../../etc", 'Kilian Eng\'s "art"', "🐱", "-rf", "CON", "a: b"])
@@ -191,6 +208,28 @@ def test_a_checkpoint_that_cannot_be_used(command: Command, harm: object) -> Non
     refused(command, "weights", "files", "inspect", "weights")
     refused(command, "weights", "generate", "checkpoint=weights", "prompts=[a cat]", "run_dir=out", *FAST_IMAGES)
     shutil.rmtree(command.folder / "weights")
+
+
+def test_no_experiment_and_no_tracker_may_be_said_as_null(command: Command) -> None:
+    ended = command("train", CAT, *FAST, "experiment=null", "tracker=null", "plan_only=true")
+    assert ended.code == 0, ended.err
+
+
+def test_too_many_steps_for_the_scheduler_draw_nothing(command: Command) -> None:
+    refused(command, "num_steps is 1000", "generate", "prompts=[a cat]", *FAST_IMAGES, "num_steps=1000")
+
+
+@pytest.mark.parametrize("left", [None, "tokenizer.json", "tokenizer_config.json"])
+def test_a_pipeline_without_files_of_its_tokenizer_is_refused(command: Command, left: str | None) -> None:
+    shutil.copytree(command.folder / "base", command.folder / "base-mine")
+    folder = command.folder / "base-mine/tokenizer"
+    for file in folder.iterdir():
+        if file.name != left:
+            file.unlink()
+    refused(command, "tokenizer", "train", CAT, *FAST, "model.path=base-mine", "plan_only=true")
+    if left is None:
+        folder.rmdir()
+        refused(command, "tokenizer", "train", CAT, *FAST, "model.path=base-mine", "plan_only=true")
 
 
 def test_a_program_that_does_not_exist(command: Command) -> None:

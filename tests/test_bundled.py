@@ -13,7 +13,7 @@ from transformers import CLIPModel
 
 from esd.evaluation.generate import sample
 from esd.evaluation.judges import EmojiJudge, load_judge
-from esd.evaluation.prompts import expand
+from esd.evaluation.prompts import fill
 from esd.evaluation.vocabulary import Vocabulary
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -40,12 +40,12 @@ def test_it_draws_the_things_it_is_asked_for_in_the_styles(pipe: StableDiffusion
     judge = load_judge(MODEL)
     assert judge is not None
     things, styles = ["cat", "pizza", "rocket", "owl"], ["pop art", "mosaic"]
-    rows = expand(["a drawing of a {thing} in the {style} style"], things, styles)
-    seeds = range(len(rows))
-    images = sample(pipe, [r.prompt for r in rows], list(seeds), num_steps=15, guidance_scale=4.0, batch_size=8)
+    prompts, labels = zip(*fill("a drawing of a {thing} in the {style} style", things, styles), strict=True)
+    seeds = range(len(prompts))
+    images = sample(pipe, prompts, seeds, num_steps=15, guidance_scale=4.0, batch_size=8)
     readings = judge(images)
-    assert readings.shows([row.labels["thing"] for row in rows]).mean() >= 0.75
-    assert readings.in_style([row.labels["style"] for row in rows]).mean() >= 0.75
+    assert readings.shows([told["thing"] for told in labels]).mean() >= 0.75
+    assert readings.in_style([told["style"] for told in labels]).mean() >= 0.75
 
 
 def test_clip_reads_words_as_the_pipeline_does(pipe: StableDiffusionPipeline) -> None:

@@ -31,6 +31,9 @@ def test_a_concept_goes_and_the_rest_stays(
     rates = json.loads((run / "summary.json").read_text())
     target, same, cross = (rates[name] for name in ("target", "same_domain", "cross_domain"))
     assert target["before"] >= 0.8 and target["after"] <= 0.1
+    kept = rates["target_style" if experiment == "erase_thing" else "target_thing"]
+    assert kept["after"] >= 0.7 * kept["before"]
+    assert rates["neither"] is not None and rates["seconds"] > 0
     assert same["after"] >= 0.85 * same["before"] and cross["after"] >= 0.9 * cross["before"]
 
     official = tmp_path / "official.safetensors"

@@ -1,6 +1,7 @@
 """Images: one generator each, written once, base and erased side by side."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests import tiny
 from tests.programs import Command
 
 SETTINGS = {"num_steps": 2, "guidance_scale": 3.0}
+BASE = {"name": "tiny/sd", "revision": None, "fingerprint": "ab"}
 FAST = ("model.path=base", "num_steps=2", "device=cpu")
 
 
@@ -44,7 +46,7 @@ def test_an_image_does_not_depend_on_its_batch(batch_size: int) -> None:
 def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     rows = [PromptRow(7, "a cat", 1, labels={"thing": "cat"}), PromptRow(9, "a dog", 5, guidance=1.0)]
-    planned = plan(rows, tmp_path, images_per_prompt=2, **SETTINGS)
+    planned = plan(rows, tmp_path, base=BASE, images_per_prompt=2, **SETTINGS)
     told = generate(pipe, planned, batch_size=2)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
         "7_0.png",
@@ -56,16 +58,36 @@ def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path:
     assert Manifest.load(tmp_path) == told
     kept = (tmp_path / "7_0.png").stat().st_mtime_ns
     (tmp_path / "9_1.png").unlink()
-    assert generate(pipe, plan(rows, tmp_path, images_per_prompt=2, **SETTINGS), batch_size=2) == told
+    again = plan(rows, tmp_path, base=BASE, images_per_prompt=2, **SETTINGS)
+    assert generate(pipe, again, batch_size=2) == told
     assert (tmp_path / "7_0.png").stat().st_mtime_ns == kept and (tmp_path / "9_1.png").exists()
     alone = sample(pipe, ["a dog"], [6], num_steps=2, guidance_scale=1.0, batch_size=1)[0]
     assert np.abs(np.asarray(Image.open(tmp_path / "9_1.png")).astype(int) - alone).max() <= 1
 
 
+def test_pictures_that_are_not_finite_are_a_mistake_not_black() -> None:
+    pipe = tiny.pipeline()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        sample(pipe, ["a cat"], [0], batch_size=1, **SETTINGS)
+
+
+def test_images_of_another_base_are_refused(command: Command) -> None:
+    shutil.copytree(command.folder / "base", command.folder / "base-mine")
+    draw_cat = ("generate", "prompts=[a cat]", "run_dir=out", *FAST, "model.path=base-mine")
+    assert command(*draw_cat).code == 0
+    told = json.loads((command.folder / "out/base/manifest.json").read_text())["base"]
+    assert told["name"] == str((command.folder / "base-mine").resolve()) and told["revision"] is None
+    shutil.copytree(command.folder / "other", command.folder / "base-mine", dirs_exist_ok=True)
+    ended = command(*draw_cat, "images_per_prompt=1")
+    assert ended.code == 2 and "holds other images (the base's fingerprint" in ended.err, ended.err
+
+
 def test_images_of_other_prompts_steps_or_weights_are_refused(tmp_path: Path) -> None:
     for weights in ("a", "b"):
         (tmp_path / weights).write_text(weights)
-    plan([PromptRow(7, "a cat", 1)], tmp_path, checkpoint=tmp_path / "a", **SETTINGS).save()
+    plan([PromptRow(7, "a cat", 1)], tmp_path, base=BASE, checkpoint=tmp_path / "a", **SETTINGS).save()
     for row, steps, weights, told in (
         (PromptRow(7, "a dog", 1), 2, "a", "7_0.png: prompt"),
         (PromptRow(7, "a cat", 2), 2, "a", "7_0.png: seed"),
@@ -73,7 +95,7 @@ def test_images_of_other_prompts_steps_or_weights_are_refused(tmp_path: Path) ->
         (PromptRow(7, "a cat", 1), 2, "b", "sha256"),
     ):
         with pytest.raises(UserError, match=told):
-            plan([row], tmp_path, num_steps=steps, guidance_scale=3.0, checkpoint=tmp_path / weights)
+            plan([row], tmp_path, base=BASE, num_steps=steps, guidance_scale=3.0, checkpoint=tmp_path / weights)
 
 
 def test_a_folder_without_images_has_no_manifest(tmp_path: Path) -> None:
@@ -157,13 +179,22 @@ def test_an_export_adds_to_the_base_and_revision_that_the_checkpoint_names(
     checkpoint.save(found.path, found.differences, told)
     loaded = []
 
-    def load(path: str, revision: str | None = None) -> object:
+    def load(path: str, revision: str | None, setting: str) -> object:
         loaded.append((path, revision))
         return tiny.pipeline()
 
     monkeypatch.setattr("esd.families.load_pipeline", load)
     ended = command("files", "export", "--format", "official", "mine", "--out", "official.safetensors", *arguments)
     assert ended.code == 0 and loaded == [asked], ended.err
+
+
+def test_a_base_that_an_export_cannot_load_is_named_by_its_flag(command: Command) -> None:
+    erased_weights(command.folder / "mine/erased.safetensors")
+    shutil.copytree(command.folder / "base", command.folder / "hollow")
+    (command.folder / "hollow/unet/diffusion_pytorch_model.safetensors").unlink()
+    arguments = ("mine", "--out", "out.safetensors", "--model", "hollow")
+    ended = command("files", "export", "--format", "official", *arguments)
+    assert ended.code == 2 and "--model is 'hollow', which could not be loaded" in ended.err, ended.err
 
 
 def test_mistakes_in_an_export_are_told_before_anything_is_loaded(

@@ -81,6 +81,13 @@ def test_everything_that_is_asked_for_is_pinned() -> None:
     assert names <= set(pins()), f"not in constraints.txt: {sorted(names - set(pins()))}"
 
 
+def test_the_source_distribution_holds_what_the_repository_does() -> None:
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    there = {path.relative_to(ROOT).parts[0] for path in ours()}
+    always = {"pyproject.toml", ".gitignore", ".gitattributes"}
+    assert not (left := there - always - {*built["sdist"]["only-include"]}), f"not in the sdist: {sorted(left)}"
+
+
 def test_everything_the_package_imports_is_asked_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = {normal(re.split(r"[<>=!~\[; ]", row)[0]) for row in project["dependencies"]}

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from esd.errors import UserError
-from esd.evaluation.prompts import PromptRow, articled, expand, load, say
+from esd.evaluation.prompts import PromptRow, articled, fill, load, say
 from esd.evaluation.vocabulary import Vocabulary, expand_prompts, in_turns
 
 VOCABULARY = {
     "things": [
-        {"name": "cat", "group": "animals", "synonyms": ["kitty"], "hypernyms": ["a pet"]},
+        {"name": "cat", "group": "animals", "synonyms": ["kitty"]},
         {"name": "dog", "group": "animals"},
         {"name": "rose", "group": "plants"},
     ],
@@ -71,6 +71,15 @@ def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:
         ("p.csv", "prompt,guidance\na cat,nan\n", "guidance=nan"),
         ("p.csv", "case_number,prompt\n1,a cat\n1,a dog\n", "case_number 1 stands twice"),
         ("p.csv", "prompt\na cat\na cat\n", "stands twice"),
+        ("p.csv", "prompt,seed\na cat, asleep,1\n", "line 2 has more fields than the columns, ['1']"),
+        ("p.csv", 'prompt,seed\n"a cat,1\na dog,2\n', "line 2 is no CSV (unexpected end of data)"),
+        ("p.csv", 'prompt,seed\n"a cat,1\n"a dog",2\n', "line 2 is no CSV"),
+        ("p.csv", f"prompt,seed\na cat,{2**63}\n", "from 0 to 2^63 - 1"),
+        ("p.csv", "prompt,seed\na cat,inf\n", "from 0 to 2^63 - 1"),
+        ("p.jsonl", '{"prompt": ["a cat"]}\n', "line 1: ['a cat'] is no text"),
+        ("p.jsonl", '{"prompt": true}\n', "True is no text"),
+        ("p.jsonl", '{"prompt": null}\n', "None is no text"),
+        ("p.jsonl", '{"seed": 1}\n', "the prompt is empty"),
         ("p.jsonl", "[1]\n", "not an object"),
         ("p.jsonl", "{\n", "line 1 is not JSON"),
         ("p.txt", "a cat\n", ".csv or .jsonl"),
@@ -89,12 +98,12 @@ def test_missing_files_binary_files_and_empty_lists_are_mistakes(tmp_path: Path)
             load(source)
 
 
-def test_templates_expand_over_things_styles_and_seeds_with_labels() -> None:
-    rows = expand(["a {thing} in {style}", "a {thing}"], ["cat", "dog"], ["neon"], seeds=[1, 2])
-    assert [row.prompt for row in rows[::2]] == ["a cat in neon", "a dog in neon", "a cat", "a dog"]
-    assert [row.evaluation_seed for row in rows] == [1, 2] * 4
-    assert dict(rows[0].labels) == {"thing": "cat", "style": "neon"} and dict(rows[-1].labels) == {"thing": "dog"}
-    assert [row.case_number for row in rows] == list(range(8))
+def test_a_template_is_filled_with_every_thing_and_style_and_says_which() -> None:
+    assert list(fill("a {thing} in {style}", ["cat", "dog"], ["neon"])) == [
+        ("a cat in neon", {"thing": "cat", "style": "neon"}),
+        ("a dog in neon", {"thing": "dog", "style": "neon"}),
+    ]
+    assert list(fill("a {thing}", ["owl"], ["neon", "mosaic"])) == [("an owl", {"thing": "owl"})]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +177,14 @@ def test_a_prompt_that_is_no_text_is_refused(prompts: list[object]) -> None:
         load(prompts)
 
 
-def test_a_number_is_a_prompt() -> None:
-    assert [row.prompt for row in load([1984])] == ["1984"]
+def test_a_number_is_a_prompt(tmp_path: Path) -> None:
+    assert [row.prompt for row in load([1984, 0])] == ["1984", "0"]
+    assert [row.prompt for row in load(written(tmp_path, "p.jsonl", '{"prompt": 0}'))] == ["0"]
+
+
+def test_the_largest_seed_and_empty_fields_after_the_last_column_are_read(tmp_path: Path) -> None:
+    (row,) = load(written(tmp_path, "p.csv", f"prompt,seed\na cat,{2**63 - 1},,\n"))
+    assert row.evaluation_seed == 2**63 - 1
 
 
 @pytest.mark.parametrize("said", ["a unicorn", "a university", "a euro", "a one-eyed cat", "an owl", "an umbrella"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from esd.config import TrackerConfig, TrainConfig
+from esd.config import GenerateConfig, TrackerConfig, TrainConfig
 from esd.errors import UserError
 from esd.run import RunDirectory, flat, tracker_arguments, versions
 from esd.storage import State, atomic, load_state, save_state
@@ -45,6 +45,23 @@ def test_the_same_settings_may_come_back_and_others_may_not(tmp_path: Path) -> N
     RunDirectory(tmp_path / "run", config(eta=2.0, device="cpu", plan_only=True))
     with pytest.raises(UserError, match=r"holds another run \(objective\.eta=2\.0 there, 1\.0 here\)"):
         RunDirectory(tmp_path / "run", config(eta=1.0))
+
+
+def test_the_first_setting_that_differs_is_named_in_the_order_of_declaration(tmp_path: Path) -> None:
+    created(tmp_path / "run", config(eta=2.0))
+    other = config(eta=1.0)
+    other.seed, other.objective.weighting, other.training.lr = 7, "eps", 1.0
+    with pytest.raises(UserError, match="seed=0 there, 7 here"):
+        RunDirectory(tmp_path / "run", other)
+    other.seed = 0
+    with pytest.raises(UserError, match=r"objective\.eta=2\.0 there, 1\.0 here"):
+        RunDirectory(tmp_path / "run", other)
+
+
+def test_a_run_of_another_program_is_told_as_one(tmp_path: Path) -> None:
+    created(tmp_path / "run", config())
+    with pytest.raises(UserError, match="holds a run of another program or version of esd, which sets concepts"):
+        RunDirectory(tmp_path / "run", GenerateConfig(prompts=["a cat"]))
 
 
 def test_a_run_that_did_not_know_a_setting_comes_back_where_that_is_null(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def on_policy(family: Family, c: Conditions, s: Sampling, sampler: Any = None, *
 
 def assert_complete(family: Family, points: Points, c: Conditions) -> None:
     """Every prediction is the teacher's own at (x, t), for the point's own prompt."""
-    expected = {"concept": c.concept, "null": c.null.repeat(len(c.concept)), "erase_from": c.erase_from}
+    expected = {"concept": c.concept, "null": c.null[[0] * len(c.concept)], "erase_from": c.erase_from}
     for name, rows in expected.items():
         got = getattr(points, name)
         if rows is None:

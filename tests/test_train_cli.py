@@ -145,6 +145,12 @@ def test_a_sweep_gives_each_job_its_own_directory(command: Command) -> None:
         assert f"eta_{told['objective']['eta']:g}" in job and told["selection"] in job
 
 
+def test_only_what_is_swept_names_the_jobs_of_a_sweep(command: Command) -> None:
+    ended = train(command, "--multirun", "objective.eta=1,2e0", "training.lr=1e-4", "plan_only=true")
+    assert ended.code == 0, ended.err
+    assert "runs/cat/0_objective.eta_1;" in ended.out and "runs/cat/1_objective.eta_2.0;" in ended.out
+
+
 def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_code(command: Command) -> None:
     ended = train(command, "--multirun", "objective.eta=-1,2")
     assert ended.code == 2 and ended.err.splitlines()[0].startswith("error: objective.eta=-1")
@@ -265,6 +271,14 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
     (command.folder / "base-known/vocabulary.json").write_text(json.dumps(VOCABULARY | {"styles": styles}))
     ended = train(command, *known)
     assert ended.code == 2 and "trained with other prompts than the vocabulary gives now" in ended.err
+
+
+def test_two_words_for_one_entry_of_the_vocabulary_are_one_concept(command: Command) -> None:
+    shutil.copytree(command.folder / "base", command.folder / "base-known")
+    things = [{"name": "cat", "synonyms": ["kitten"]}, *VOCABULARY["things"][1:]]
+    (command.folder / "base-known/vocabulary.json").write_text(json.dumps(VOCABULARY | {"things": things}))
+    ended = command("train", "concepts=[cat,kitten]", *FAST, "model.path=base-known", "plan_only=true")
+    assert ended.code == 2 and "'cat' and 'kitten' are both 'cat' to this model" in ended.err, ended.err
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,20 @@ def test_training_moves_the_selected_weights_and_leaves_the_model_as_it_was(tmp_
     assert all(torch.equal(before[name], value) for name, value in model.denoiser.state_dict().items())
 
 
+def test_the_precision_of_autocast_is_recorded_and_resuming_in_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(tmp_path, plan(save_every=2), mixed_precision="bf16")
+    monkeypatch.setattr(checkpoint, "save", publish)
+    with pytest.raises(UserError, match="mixed precision"):
+        run(tmp_path, plan(save_every=2))
+    run(tmp_path, plan(save_every=2), mixed_precision="bf16")
+    assert checkpoint.load(tmp_path).provenance["mixed_precision"] == "bf16"
+
+
 def test_every_update_leaves_a_line_of_metrics(tmp_path: Path) -> None:
     run(tmp_path, PLAN)
     lines = metrics(tmp_path)

@@ -75,7 +75,16 @@ def test_the_teacher_records_no_gradient() -> None:
     family = family_of(tiny.pipeline())
     views = Views(family.denoiser, family.select("esd_x").names)
     assert not family.predict(views.teacher, *batch(family)).requires_grad
-    assert views.teacher.config is family.denoiser.config
+
+
+def test_under_autocast_the_teacher_is_bit_for_bit_what_the_base_says_there() -> None:
+    family = family_of(tiny.pipeline())
+    base = copy.deepcopy(family.denoiser)
+    views = trained(family, "esd_x")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = family.predict(base, *batch(family))
+        assert torch.equal(family.predict(views.teacher, *batch(family)), rounded)
+    assert not torch.equal(family.predict(views.teacher, *batch(family)), rounded)
 
 
 @pytest.mark.parametrize("expression", ["esd_x", "esd_x_strict", "esd_u", "up.self"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from esd.checkpoint import fingerprint
 from esd.errors import UserError
 from esd.evaluation.prompts import PromptRow
+from esd.families import Family
 from esd.storage import atomic, write_json
 
 
@@ -42,6 +44,7 @@ class Manifest:
 
     Attributes:
         folder: of the images and of manifest.json.
+        base: what `base_of` says of the model.
         checkpoint: the erased weights they were drawn with, or None for the base.
         sha256: of the file of these weights, or None for the base.
         num_steps: sampling steps.
@@ -49,6 +52,7 @@ class Manifest:
     """
 
     folder: Path
+    base: Mapping[str, str | None]
     checkpoint: str | None
     sha256: str | None
     num_steps: int
@@ -57,6 +61,7 @@ class Manifest:
     def save(self) -> None:
         """Writes folder/manifest.json."""
         told = {
+            "base": self.base,
             "checkpoint": self.checkpoint,
             "sha256": self.sha256,
             "num_steps": self.num_steps,
@@ -75,6 +80,7 @@ class Manifest:
             told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             return cls(
                 folder,
+                told["base"],
                 told["checkpoint"],
                 told.get("sha256"),
                 told["num_steps"],
@@ -86,10 +92,21 @@ class Manifest:
             ) from error
 
 
+def base_of(family: Family) -> dict[str, str | None]:
+    """What identifies a base: its name, its commit on the hub, and a hash of values of each tensor of its denoiser."""
+    values = json.dumps(fingerprint(dict(family.denoiser.named_parameters())), sort_keys=True)
+    return {
+        "name": family.base_name,
+        "revision": family.base_revision,
+        "fingerprint": hashlib.sha256(values.encode()).hexdigest(),
+    }
+
+
 def plan(
     rows: Sequence[PromptRow],
     out_dir: Path,
     *,
+    base: Mapping[str, str | None],
     num_steps: int,
     guidance_scale: float,
     images_per_prompt: int = 1,
@@ -100,13 +117,14 @@ def plan(
     Args:
         rows: what to draw; sample s of a row uses its evaluation_seed + s.
         out_dir: of the images; need not exist.
+        base: see `base_of`.
         num_steps: sampling steps.
         guidance_scale: of rows that set none.
         images_per_prompt: samples of each row.
         checkpoint: the file of erased weights, or None for the base.
 
     Raises:
-        UserError: the folder holds images of other weights, steps, prompts, seeds or guidance.
+        UserError: the folder holds images of another base, other weights, steps, prompts, seeds or guidance.
     """
     images = tuple(
         Drawn(
@@ -122,7 +140,7 @@ def plan(
         for sample in range(images_per_prompt)
     )
     digest = None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    planned = Manifest(out_dir, None if checkpoint is None else str(checkpoint), digest, num_steps, images)
+    planned = Manifest(out_dir, base, None if checkpoint is None else str(checkpoint), digest, num_steps, images)
     if (out_dir / "manifest.json").exists():
         _refuse_others(Manifest.load(out_dir), planned)
     return planned
@@ -161,6 +179,7 @@ def generate(pipe: Any, planned: Manifest, *, batch_size: int) -> Manifest:
 def _refuse_others(here: Manifest, now: Manifest) -> None:
     """Raises UserError where the images of a manifest are not those that are asked for now."""
     facts = [
+        *((f"the base's {name}", here.base.get(name), value) for name, value in now.base.items()),
         ("the checkpoint's sha256", (here.sha256 or "none")[:12], (now.sha256 or "none")[:12]),
         ("num_steps", here.num_steps, now.num_steps),
     ]
@@ -196,6 +215,9 @@ def sample(
         num_steps: sampling steps.
         guidance_scale: classifier-free guidance; 1 or less means none.
         batch_size: images per call.
+
+    Raises:
+        UserError: the pipeline draws values that are not finite.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
@@ -204,14 +226,21 @@ def sample(
     for start in range(0, len(prompts), batch_size):
         now = slice(start, start + batch_size)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[now]]
-        drawn = pipe(
-            prompt=list(prompts[now]),
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            generator=generators,
-            output_type="np",
-        ).images
-        parts.append((np.asarray(drawn) * 255).round().astype(np.uint8))
+        drawn = np.asarray(
+            pipe(
+                prompt=list(prompts[now]),
+                num_inference_steps=num_steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                output_type="np",
+            ).images
+        )
+        if not np.isfinite(drawn).all():  # 8 bits would show them as black
+            raise UserError(
+                f"a picture of {prompts[start]!r} or of a prompt drawn with it is not finite, in {pipe.dtype}; set "
+                "model.precision=float32, or restore the model's files"
+            )
+        parts.append((drawn * 255).round().astype(np.uint8))
     return np.concatenate(parts) if parts else np.zeros((0, 1, 1, 3), np.uint8)
 
 

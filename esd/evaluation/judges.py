@@ -79,8 +79,7 @@ class Judge(Protocol):
 class JudgeNetwork(nn.Module):
     """A residual CNN on 64-pixel pictures with a thing head and a style head.
 
-    Input (b, 3, 64, 64) in [0, 1]; output logits (b, n_things) and (b, n_styles). `features` is the penultimate
-    layer, (b, 192).
+    Input (b, 3, 64, 64) in [0, 1]; output logits (b, n_things) and (b, n_styles).
     """
 
     def __init__(self, num_things: int, num_styles: int, widths: Sequence[int] = (32, 64, 128, 192)) -> None:
@@ -91,23 +90,16 @@ class JudgeNetwork(nn.Module):
         self.thing_head = nn.Linear(widths[-1], num_things)
         self.style_head = nn.Linear(2 * widths[1] + widths[-1], num_styles)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the penultimate layer, (b, 192)."""
-        return self._trunk(images)[0]
-
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return thing logits and style logits."""
-        deep, texture = self._trunk(images)
-        return self.thing_head(deep), self.style_head(torch.cat([texture, deep], 1))
-
-    def _trunk(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.stem(images * 2 - 1)
         texture = x
         for depth, block in enumerate(self.blocks):
             x = block(x)
             if depth == 1:  # style lives in fine texture: its mean and spread early on, as in Gram-matrix style losses
                 texture = torch.cat([x.mean((2, 3)), x.float().std((2, 3))], 1)
-        return x.mean((2, 3)), texture
+        deep = x.mean((2, 3))
+        return self.thing_head(deep), self.style_head(torch.cat([texture, deep], 1))
 
 
 class _Block(nn.Module):

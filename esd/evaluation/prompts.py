@@ -1,4 +1,4 @@
-"""Prompts to draw, each with its own seed: read from CSV, JSONL or a list, or expanded from templates.
+"""Prompts to draw, each with its own seed, read from CSV, JSONL or a list; and templates, filled in.
 
 The columns are the field's own (`case_number, prompt, evaluation_seed, evaluation_guidance`) with the names
 other benchmarks give them (I2P's `sd_seed` and `sd_guidance_scale`, COCO's `image_id`). Every other column
@@ -10,11 +10,10 @@ Source: rohitgandikota/erasing, data/*.csv; ml-research/i2p.
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,36 +59,18 @@ def load(source: str | Path | Sequence[Any], *, seed: int = 0) -> list[PromptRow
         seed: of rows that give none.
 
     Raises:
-        UserError: no such file, an unknown kind of file, a prompt that is no text, a row without one, two rows alike,
-            or no rows.
+        UserError: no such file, an unknown kind of file, quotes or commas astray in a CSV, a prompt that is no text, a
+            row without one, two rows alike, or no rows.
     """
     if isinstance(source, str | Path):
         records = _records(Path(source))
     else:
-        records = [({"prompt": _text(prompt)}, f"prompt {number}") for number, prompt in enumerate(source, 1)]
+        records = [({"prompt": prompt}, f"prompt {number}") for number, prompt in enumerate(source, 1)]
     rows = [_row(record, where, number, seed) for number, (record, where) in enumerate(records)]
     if not rows:
         raise UserError(f"prompts={source} holds no prompts; allowed: at least one row with a 'prompt'")
     _refuse_twins(rows)
     return rows
-
-
-def expand(
-    templates: Iterable[str],
-    things: Sequence[str] = (),
-    styles: Sequence[str] = (),
-    seeds: Iterable[int] = (0,),
-) -> list[PromptRow]:
-    """Every template with every thing, style and seed, labelled by what it names, in that order.
-
-    Args:
-        templates: texts that may hold {thing} and {style}.
-        things, styles: what these stand for; a template that holds neither is drawn once per seed.
-        seeds: evaluation seeds.
-    """
-    filled = [(prompt, labels) for template in templates for prompt, labels in fill(template, things, styles)]
-    pairs = itertools.product(filled, list(seeds))
-    return [PromptRow(number, prompt, seed, labels=labels) for number, ((prompt, labels), seed) in enumerate(pairs)]
 
 
 def fill(template: str, things: Sequence[str], styles: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -135,15 +116,15 @@ def articled(noun: str) -> str:
     return f"an {noun}" if VOWEL_SOUND.match(noun) and not CONSONANT_SOUND.match(noun) else f"a {noun}"
 
 
-def _text(prompt: Any) -> str:
-    """A prompt of a list as text; a number, as the prompt 1984 is read, is one.
+def _text(prompt: Any, where: str) -> str:
+    """A prompt as text; a number, as the prompt 1984 of a list is read, is one.
 
     Raises:
         UserError: null, true or false, a list or a mapping.
     """
     if isinstance(prompt, bool) or not isinstance(prompt, str | int | float):
-        raise UserError(f"prompts: {prompt!r} is no text; allowed: text, such as prompts='[a cat, a dog]'")
-    return str(prompt)
+        raise UserError(f"{where}: {prompt!r} is no text; allowed: text, such as 'a cat'")
+    return str(prompt).strip()
 
 
 def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -153,12 +134,7 @@ def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                if "prompt" not in (reader.fieldnames or ()):
-                    raise UserError(
-                        f"prompts={path} has columns {list(reader.fieldnames or ())}; it needs one named 'prompt'"
-                    )
-                return [(record, f"{path} line {reader.line_num}") for record in reader]
+                return list(_csv_records(csv.DictReader(file, restval="", strict=True), path))
             return [
                 (_parsed(line, f"{path} line {number}"), f"{path} line {number}")
                 for number, line in enumerate(file, 1)
@@ -166,8 +142,24 @@ def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
             ]
     except FileNotFoundError:
         raise UserError(f"prompts={path} does not exist; give a .csv or .jsonl file, or a list of prompts") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={path} cannot be read as UTF-8 text ({error}); save it again as UTF-8") from error
+
+
+def _csv_records(reader: csv.DictReader[str], path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(record, "file line n") of every row of a CSV."""
+    mend = "put text that holds a comma in quotes, and close every quote"
+    try:
+        if "prompt" not in (reader.fieldnames or ()):
+            raise UserError(f"prompts={path} has columns {list(reader.fieldnames or ())}; it needs one named 'prompt'")
+        for record in reader:
+            where = f"{path} line {reader.line_num}"
+            if any(extra := record.pop(None, [])):  # what exceeds the columns
+                raise UserError(f"{where} has more fields than the columns, {extra}; {mend}")
+            yield record, where
+    except csv.Error as error:
+        begun = reader.line_num + 1  # the reader counts whole rows
+        raise UserError(f"{path} line {begun} is no CSV ({error}); {mend}") from error
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
@@ -183,8 +175,8 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
 
 def _row(record: dict[str, Any], where: str, number: int, seed: int) -> PromptRow:
     """The row of a record; takes the known columns out, what is left are labels."""
-    rest = {str(name): value for name, value in record.items() if name is not None}
-    prompt = str(rest.pop("prompt", None) or "").strip()
+    rest = dict(record)
+    prompt = _text(rest.pop("prompt", ""), where)
     if not prompt:
         raise UserError(f"{where}: the prompt is empty; give every row a prompt, or remove the row")
     found = {}
@@ -213,13 +205,14 @@ def _number(value: Any, name: str, where: str) -> float | None:
 
 
 def _whole(value: Any, name: str, where: str, default: int) -> int:
-    """A whole number from 0 to 2^63, or the default where there is none; large seeds keep every digit."""
+    """A whole number from 0 to 2^63 - 1, or the default where there is none; large seeds keep every digit."""
     number = _number(value, name, where)
     if number is None:
         return default
-    if not (math.isfinite(number) and number == int(number) and 0 <= number < 2**63):
-        raise UserError(f"{where}: {name}={value}; allowed: a whole number from 0 to 2^63")
-    return int(value) if str(value).isdigit() else int(number)
+    whole = int(value) if str(value).isdigit() else int(number) if number.is_integer() else -1
+    if not 0 <= whole < 2**63:
+        raise UserError(f"{where}: {name}={value}; allowed: a whole number from 0 to 2^63 - 1")
+    return whole
 
 
 def _refuse_twins(rows: Sequence[PromptRow]) -> None:

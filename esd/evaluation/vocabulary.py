@@ -27,7 +27,6 @@ class Entry:
     name: str
     group: str = ""
     synonyms: tuple[str, ...] = ()
-    hypernyms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,7 @@ def _check_phrasings(held_out: Mapping[str, Any], path: Path) -> None:
 
 def _entry(told: Mapping[str, Any]) -> Entry:
     """An entry of the file."""
-    return Entry(
-        str(told["name"]),
-        str(told.get("group", "")),
-        tuple(told.get("synonyms", ())),
-        tuple(told.get("hypernyms", ())),
-    )
+    return Entry(str(told["name"]), str(told.get("group", "")), tuple(told.get("synonyms", ())))
 
 
 def _plain(text: str) -> str:

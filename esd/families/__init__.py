@@ -73,6 +73,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    *,
+    setting: str = "model.path",
 ) -> Any:
     """The stock diffusers pipeline at a local directory or hub id, without its safety checker, progress bar
     off.
@@ -84,11 +86,12 @@ def load_pipeline(
         dtype: floating-point type of the weights.
         device: where to put them.
         revision: commit of the hub repository; pin one for work to be repeated.
+        setting: what the user gave the path as, for messages.
 
     Raises:
         UserError: nothing there, not a pipeline, not a supported one, or no safetensors weights.
     """
-    check_model(path)
+    check_model(path, setting=setting)
     try:
         index = DiffusionPipeline.load_config(str(path), revision=revision)
         _check_supported(index.get("_class_name"))
@@ -98,7 +101,7 @@ def load_pipeline(
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
+        raise UserError(f"{setting} is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

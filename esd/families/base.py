@@ -49,10 +49,6 @@ class Conditioning:
             rows = [rows]
         return self._map(lambda tensor: tensor[rows])
 
-    def repeat(self, n: int) -> Conditioning:
-        """Every row `n` times, copies of one row next to each other: (b n, ...)."""
-        return self._map(lambda tensor: tensor.repeat_interleave(n, 0))
-
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """One batch after the other; all must hold the same names."""

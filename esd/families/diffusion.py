@@ -65,6 +65,12 @@ class DiffusionFamily(PipelineFamily):
         else:
             raise UserError(f"scheduler is {name!r}; allowed: {', '.join(SCHEDULERS)}, or none for the model's own")
         scheduler.set_timesteps(num_steps, device=self.device)
+        if scheduler.timesteps.max() >= config.num_train_timesteps:  # where spacing and steps_offset add up so
+            raise UserError(
+                f"num_steps is {num_steps}: {type(scheduler).__name__} would visit t = "
+                f"{scheduler.timesteps.max():g}, and the model knows 0 to {config.num_train_timesteps - 1}; take "
+                "fewer steps, such as 50"
+            )
         return scheduler
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:

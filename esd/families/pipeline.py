@@ -50,7 +50,7 @@ class PipelineFamily(Family):
         sample_shape: (c, h, w) of a latent of the model's own size.
 
     Raises:
-        UserError: a text encoder is missing.
+        UserError: a text encoder is missing, or files of its tokenizer.
     """
 
     denoiser_name: ClassVar[str]
@@ -66,11 +66,25 @@ class PipelineFamily(Family):
                 "pipeline"
             )
         self.pipe = pipe
+        self._check_tokenizers()
         denoiser: Any = getattr(pipe, self.denoiser_name)
         self.denoiser, self.dtype = denoiser, denoiser.dtype
         self.sample_shape = sample_shape
         self.pixels_per_latent: int = pipe.vae_scale_factor
         self._encoded: dict[str, Conditioning] = {}
+
+    def _check_tokenizers(self) -> None:
+        """Raises UserError for a tokenizer loaded without its files: it knows no words or, for CLIP, no length."""
+        for name in self.encoder_names:
+            encoder, kind = getattr(self.pipe, name), name.replace("text_encoder", "tokenizer")
+            if encoder is None:
+                continue
+            tokenizer, config = getattr(self.pipe, kind), encoder.config
+            clip = config.model_type == "clip_text_model"
+            endless = clip and tokenizer.model_max_length > config.max_position_embeddings
+            if endless or len(tokenizer) <= len(tokenizer.all_special_tokens):
+                what = "no length that the text encoder takes" if endless else "no words"
+                raise UserError(f"the model's {kind} knows {what}, for its files are missing; get the model again")
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (len(prompts), ...) on the denoiser's device, by the stock pipeline's own `encode_prompt`.
