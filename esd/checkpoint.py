@@ -2,9 +2,9 @@
 
 `erased.safetensors` holds the float32 *difference* student - base of each selected tensor as `difference.` and its
 denoiser parameter name, or the factors of that difference where an adapter was trained (`esd.lora`), and provenance
-as JSON in the header. Differences, because they say what was erased and can
-be checked against their base; float32, because a difference rounded to bf16 loses a third of what absolute
-bf16 weights lose. No stored name is one of a stock module, for `load_state_dict` would take differences for weights.
+as JSON in the header. Differences, because they say what was erased and can be checked against their base; float32,
+because a difference rounded to bf16 loses a third of what absolute bf16 weights lose. No stored name is one of a
+stock module, for `load_state_dict` would take differences for weights.
 
 Nothing is ever half applied: another base, unknown names, wrong shapes, a damaged file or a second
 application are refused before the first weight changes. A silent no-op is the worst thing a file of weights
@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
-from .lora import Lora, LowRank, layer_of
+from .lora import Lora, LowRank, peft_config
 from .storage import atomic
 from .weights import refuse_fused
 
@@ -254,11 +254,8 @@ def write_lora(pipe: Any, differences: LowRank, out: Path) -> None:
         differences: of its denoiser.
         out: file to write, `.safetensors`.
     """
-    from peft import LoraConfig
-
-    lora, part = differences.lora, "unet" if hasattr(pipe, "unet") else "transformer"
-    layers = [layer_of(name) for name in differences]
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layers)  # type: ignore[arg-type]
+    part = "unet" if hasattr(pipe, "unet") else "transformer"
+    config = peft_config(differences.lora, differences)
     stored = {f"{part}_lora_layers": differences.tensors(), f"{part}_lora_adapter_metadata": config.to_dict()}
     with atomic(out) as staged, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}") as folder:
         pipe.save_lora_weights(folder, weight_name=out.name, **stored)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from . import seeding
 from .errors import UserError
+from .weights import Views
 
 _ADAPTER = "esd"
 
@@ -129,13 +129,8 @@ class _AdapterOff:
             self._module.enable_adapters()
 
 
-class LoraViews:
-    """Student and teacher of an adapter; the same methods as `esd.weights.Views`, which trains the weights themselves.
-
-    Attributes:
-        student: the module itself, wearing the adapter.
-        teacher: the module with the adapter off.
-        names: the weights that it stands beside.
+class LoraViews(Views):
+    """An adapter beside the selected weights is learned; the teacher is the module with the adapter off.
 
     Args:
         module: the denoiser, of diffusers; changed in place until `restore`.
@@ -151,15 +146,9 @@ class LoraViews:
         if getattr(module, "peft_config", None):
             raise UserError(f"{type(module).__name__} wears an adapter already; call pipe.unload_lora_weights() first")
         self.names, self.lora = tuple(matrices(module, names)), lora
-        self._required = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        module.requires_grad_(False)
-        self.config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number; the hint says int
-            target_modules="|".join(re.escape(layer_of(name)) for name in self.names),  # matched against whole names
-        )
-        module.add_adapter(self.config, adapter_name=_ADAPTER)
-        self.student, self.teacher = module, _AdapterOff(module)
+        super().__init__(module)
+        module.add_adapter(peft_config(lora, self.names), adapter_name=_ADAPTER)
+        self.teacher = _AdapterOff(module)
         for number, (name, parameter) in enumerate(self.named_parameters().items()):
             parameter.data = parameter.data.float()
             if ".lora_A." in name:  # as PEFT begins, but from this seed
@@ -170,7 +159,7 @@ class LoraViews:
             parameter.requires_grad_(True)
 
     @property
-    def base(self) -> dict[str, Tensor]:
+    def base(self) -> dict[str, Tensor]:  # type: ignore[override]  # they are in the module: no copies
         """The weights that the adapter stands beside, which do not move."""
         parameters = dict(self.student.named_parameters())
         return {name: parameters[f"{layer_of(name)}.base_layer.weight"].detach() for name in self.names}
@@ -184,34 +173,13 @@ class LoraViews:
             for letter in "AB"
         }
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The factors, for the optimiser."""
-        return list(self.named_parameters().values())
-
     def differences(self) -> LowRank:
         """Student minus base, as factors on the CPU."""
         return LowRank.of_tensors(self.values(), self.lora)
 
-    def values(self) -> dict[str, Tensor]:
-        """The factors by name, copied to the CPU: exactly what a resumed run needs."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.named_parameters().items()}
-
-    @torch.no_grad()
-    def load_values(self, values: Mapping[str, Tensor]) -> None:
-        """Sets the factors to what `values()` returned.
-
-        Raises:
-            UserError: the names are not exactly the selected ones.
-        """
-        parameters = self.named_parameters()
-        if odd := sorted(set(values) ^ set(parameters)):
-            raise UserError(f"the saved state and the selection disagree on {odd[0]!r}; use the same selection")
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-
     @torch.no_grad()
     def pull(self, share: float) -> float:
-        """Moves the student this share of the way back to the base; returns its distance from it then (L2)."""
+        """Shrinks B by this share; returns the distance left (L2)."""
         factors = list(self.named_parameters().values())
         squares = []
         for down, up in zip(factors[::2], factors[1::2], strict=True):
@@ -220,11 +188,24 @@ class LoraViews:
             squares.append(((b.T @ b) * (a @ a.T)).sum())  # |BA|^2 without multiplying it out
         return float(torch.stack(squares).sum().clamp(min=0).sqrt()) * self.lora.alpha / self.lora.rank
 
-    def restore(self) -> None:
-        """Takes the adapter off; every `requires_grad` is as it was."""
-        self.student.unload_lora()
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(self._required[name])
+    def _take_off(self) -> None:
+        module: Any = self.student
+        module.unload_lora()
+
+
+def peft_config(lora: Lora, names: Iterable[str]) -> Any:
+    """PEFT's description of an adapter beside these weights and no other.
+
+    Args:
+        names: full parameter names; what they end with is not enough, as one may be the end of another.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number; the hint says int
+        target_modules="|".join(re.escape(layer_of(name)) for name in names),
+    )
 
 
 def layer_of(name: str) -> str:

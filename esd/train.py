@@ -191,11 +191,11 @@ def measure(
     from esd.evaluation.erasure import DrawSettings, evaluate
     from esd.storage import write_json
 
-    told = checkpoint.load(run.path).provenance
+    trained = checkpoint.load(run.path)
     wanted = config.evaluation
     rates = evaluate(
         family.pipe,
-        run.path,
+        trained,
         config.concepts,
         vocabulary=vocabulary,
         judge=judge,
@@ -206,9 +206,9 @@ def measure(
         settings=DrawSettings(wanted.num_steps, wanted.guidance_scale, wanted.batch_size),
         picture=run / "preview.png",
     )
-    trained = {"seconds": told["seconds"], "parameters": told["parameters"], "seed": config.seed}
+    told = {name: trained.provenance[name] for name in ("seconds", "parameters")} | {"seed": config.seed}
     reason = rates.pop("reason")
-    write_json(run / "summary.json", rates | trained | facts | {"reason": reason})
+    write_json(run / "summary.json", rates | told | facts | {"reason": reason})
     for name, rate in rates.items():
         if isinstance(rate, dict) and rate["n"]:
             low, high = rate["interval"]

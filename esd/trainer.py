@@ -36,7 +36,7 @@ from esd.objectives import Anchor, Objective
 from esd.progress import Log, termination
 from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Sampling, Source
 from esd.storage import State, load_state, save_state
-from esd.weights import Views
+from esd.weights import Views, WeightViews
 
 MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
 
@@ -161,11 +161,11 @@ def train(
 
 
 @contextmanager
-def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views | LoraViews]:
+def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views]:
     """The family's model as student and teacher, for the length of a `with` block; the base again on any exit."""
     denoiser: Any = family.denoiser
     names = family.select(plan.selection).names
-    views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else Views(denoiser, names)
+    views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names)
     try:
         if plan.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -181,7 +181,7 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
 def _train(
     family: Family,
     plan: TrainPlan,
-    views: Views | LoraViews,
+    views: Views,
     run_dir: Path,
     accelerator: Any,
     versions: Mapping[str, str],
@@ -376,7 +376,7 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
 
 def state(
     step: int,
-    views: Views | LoraViews,
+    views: Views,
     adam: torch.optim.Adam,
     identity: Mapping[str, Any],
     seconds: float,
@@ -397,7 +397,7 @@ def state(
 
 
 def resume(
-    folder: Path, views: Views | LoraViews, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
+    folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
 ) -> tuple[int, float, Mapping[str, Tensor] | None]:
     """Puts the newest valid state into the student, Adam and a bank that the student filled.
 
@@ -429,7 +429,7 @@ def resume(
 def provenance(
     family: Family,
     plan: TrainPlan,
-    views: Views | LoraViews,
+    views: Views,
     seconds: float,
     versions: Mapping[str, str],
     mixed_precision: str,

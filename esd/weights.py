@@ -15,7 +15,8 @@ base says under autocast, which over a float32 base is not what the base says wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,13 +51,76 @@ class Teacher:
         return torch.func.functional_call(self._module, dict(self._base), args, kwargs)
 
 
-class Views:
-    """Makes a module trainable in the selected parameters only, and remembers where they started.
+class Views(ABC):
+    """Student and teacher of one module, and the values that are learned; `restore` gives the module back.
 
     Attributes:
         student: the live module itself (pass it, or its DDP wrapper, to the optimiser's side).
-        teacher: callable view of the frozen base.
-        base: copies of the selected tensors before training, in their own precision.
+        teacher: callable like the module; what the frozen base says, without gradients.
+        names: the parameters of the base that the student departs from.
+        base: these parameters as they are in the base, in their own precision.
+    """
+
+    student: nn.Module
+    teacher: Callable[..., Any]
+    names: tuple[str, ...]
+    base: Mapping[str, Tensor]
+
+    def __init__(self, module: nn.Module) -> None:
+        """Freezes every parameter, and remembers which required gradients."""
+        self.student = module
+        self._required = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        module.requires_grad_(False)
+
+    @abstractmethod
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The live float32 parameters that are learned, by name, in the order selected."""
+
+    @abstractmethod
+    def differences(self) -> Mapping[str, Tensor]:
+        """Student minus base by `names`, float32 on the CPU: what a checkpoint holds."""
+
+    @abstractmethod
+    def pull(self, share: float) -> float:
+        """Moves the student this share of the way back to the base; returns its distance from it then (L2).
+
+        Weight decay shrinks weights to 0, which a trained model is not made of; here 0 is the base.
+        """
+
+    @abstractmethod
+    def _take_off(self) -> None:
+        """Puts the base's own parameters back, bit for bit."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The live parameters, for the optimiser."""
+        return list(self.named_parameters().values())
+
+    def values(self) -> dict[str, Tensor]:
+        """The learned tensors by name, copied to the CPU: exactly what a resumed run needs."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Sets the student to what `values()` returned; base + difference would be off by a rounding.
+
+        Raises:
+            UserError: the names are not exactly the selected ones.
+        """
+        parameters = self.named_parameters()
+        if odd := sorted(set(values) ^ set(parameters)):
+            raise UserError(f"the saved state and the selection disagree on {odd[0]!r}; use the same selection")
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+    def restore(self) -> None:
+        """Puts the base back bit for bit, in its own precision, and every `requires_grad` as it was."""
+        self._take_off()
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(self._required[name])
+
+
+class WeightViews(Views):
+    """The selected parameters themselves are learned; the teacher is called with copies of their beginnings.
 
     Args:
         module: the denoiser; changed in place: selected parameters become float32 and require gradients,
@@ -74,52 +138,26 @@ class Views:
         if missing or not self.names:
             what = f"{missing[0]!r} is no parameter" if missing else "no parameter is selected"
             raise UserError(f"{what} of {type(module).__name__}; select names it has")
-        self.student = module
-        self.base = {name: parameters[name].detach().clone() for name in self.names}
-        self._required = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
+        super().__init__(module)
+        self.base: dict[str, Tensor] = {name: parameters[name].detach().clone() for name in self.names}
         for name in self.names:
             parameters[name].data = parameters[name].data.float()
             parameters[name].requires_grad_(True)
         self.teacher = Teacher(module, self.base)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The live float32 parameters by name, in the order selected."""
+        """The selected parameters, live."""
         parameters = dict(self.student.named_parameters())
         return {name: parameters[name] for name in self.names}
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The live float32 parameters, for the optimiser."""
-        return list(self.named_parameters().values())
-
     @torch.no_grad()
     def differences(self) -> dict[str, Tensor]:
-        """Student minus base by name, float32 on the CPU: what a checkpoint holds."""
+        """Student minus base by name, float32 on the CPU."""
         return {name: (p - self.base[name].float()).cpu() for name, p in self.named_parameters().items()}
-
-    def values(self) -> dict[str, Tensor]:
-        """The student's float32 tensors by name, copied to the CPU: exactly what a resumed run needs."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.named_parameters().items()}
-
-    @torch.no_grad()
-    def load_values(self, values: Mapping[str, Tensor]) -> None:
-        """Sets the student to what `values()` returned; base + difference would be off by a rounding.
-
-        Raises:
-            UserError: the names are not exactly the selected ones.
-        """
-        if odd := sorted(set(values) ^ set(self.names)):
-            raise UserError(f"the saved state and the selection disagree on {odd[0]!r}; use the same selection")
-        for name, parameter in self.named_parameters().items():
-            parameter.copy_(values[name])
 
     @torch.no_grad()
     def pull(self, share: float) -> float:
-        """Moves the student this share of the way back to the base; returns its distance from it then (L2).
-
-        Weight decay shrinks weights to 0, which a trained model is not made of; here 0 is the base.
-        """
+        """Moves every parameter this share of the way back; returns the distance left (L2)."""
         squares = []
         for name, parameter in self.named_parameters().items():
             base = self.base[name].float()
@@ -128,10 +166,7 @@ class Views:
             squares.append((parameter - base).square().sum())
         return float(torch.stack(squares).sum().sqrt())
 
-    def restore(self) -> None:
-        """Puts the base back bit for bit, in its own precision, and every `requires_grad` as it was."""
-        for name, parameter in self.student.named_parameters():
-            if name in self.base:
-                parameter.data = self.base[name].clone()
-                parameter.grad = None
-            parameter.requires_grad_(self._required[name])
+    def _take_off(self) -> None:
+        for name, parameter in self.named_parameters().items():
+            parameter.data = self.base[name].clone()
+            parameter.grad = None

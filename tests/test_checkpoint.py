@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import esd
 from esd.checkpoint import CheckpointError, export_official, fingerprint, load, save
 from esd.families import family_of
-from esd.weights import Views
+from esd.weights import WeightViews
 from tests import tiny
 
 
@@ -23,7 +23,7 @@ def train_and_save(path: Path, pipe: Any = None, expression: str = "esd_x") -> A
     """Moves the selected weights of a tiny pipeline, saves the differences, and returns the moved UNet."""
     pipe = pipe or tiny.pipeline()
     family = family_of(pipe)
-    views = Views(pipe.unet, family.select(expression).names)
+    views = WeightViews(pipe.unet, family.select(expression).names)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in views.parameters():

@@ -22,7 +22,7 @@ from esd.objectives import Objective
 from esd.selection import SelectionError
 from esd.sources import Bank, Conditions, Sampling
 from esd.trajectory import rollout
-from esd.weights import Views
+from esd.weights import WeightViews
 from tests import tiny
 from tests.plans import PLAN, SAMPLING
 
@@ -165,7 +165,7 @@ def test_the_teacher_is_the_base_bit_for_bit_while_the_student_moves(name: str) 
     cond = family.encode(PROMPTS)
     with torch.no_grad():
         base = family.predict(family.denoiser, x, t, cond)
-        views = Views(family.denoiser, family.select("esd_x").names)
+        views = WeightViews(family.denoiser, family.select("esd_x").names)
         for parameter in views.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         assert torch.equal(family.predict(views.teacher, x, t, cond), base)
@@ -175,7 +175,7 @@ def test_the_teacher_is_the_base_bit_for_bit_while_the_student_moves(name: str) 
 @every
 def test_gradients_reach_the_student_with_and_without_checkpointing(name: str) -> None:
     family = make(name)
-    views = Views(family.denoiser, family.select("esd_x").names)
+    views = WeightViews(family.denoiser, family.select("esd_x").names)
     x, t, cond = family.initial_noise(generators(1, 2)), torch.tensor([300.0, 900.0]), family.encode(PROMPTS)
     found = []
     for checkpointing in (False, True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from esd.errors import UserError
 from esd.families import Family, family_of
 from esd.sources import Bank, Conditions, OnPolicy, Points, Sampling, dealt
-from esd.weights import Views
+from esd.weights import WeightViews
 from tests import tiny
 from tests.plans import SAMPLING
 
@@ -244,7 +244,7 @@ def test_max_batch_bounds_every_call_and_changes_nothing(tiny_family: Family) ->
 
 def test_a_student_that_moved_changes_where_points_are_but_not_what_the_teacher_says() -> None:
     family = family_of(tiny.pipeline())
-    views = Views(family.denoiser, family.select("esd_x").names)
+    views = WeightViews(family.denoiser, family.select("esd_x").names)
     c = conditions(family)
     before = OnPolicy(family, views.teacher, views.student, c, sampling(), per_update=8, seed=5).points(0, range(8))
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_a_student_that_moved_changes_where_points_are_but_not_what_the_teacher_
 
 def test_a_bank_rolled_out_by_the_student_asks_the_teacher() -> None:
     family = family_of(tiny.pipeline())
-    views = Views(family.denoiser, family.select("esd_x").names)
+    views = WeightViews(family.denoiser, family.select("esd_x").names)
     c = conditions(family)
     with torch.no_grad():
         for parameter in views.parameters():

@@ -23,7 +23,7 @@ from esd import objectives, seeding, trainer
 from esd.config import TrainConfig
 from esd.families import family_of
 from esd.train import make_plan
-from esd.weights import Views
+from esd.weights import WeightViews
 from tests import tiny
 from tests.test_conf import composed
 
@@ -111,7 +111,7 @@ def test_points_and_targets_are_those_of_the_published_formula(experiment: str, 
     assert isinstance(config, TrainConfig)
     config.check()
     family, plan = family_of(pipe), make_plan(config, None)
-    views = Views(family.denoiser, family.select(plan.selection).names)
+    views = WeightViews(family.denoiser, family.select(plan.selection).names)
     with torch.no_grad():
         for number, parameter in enumerate(views.parameters()):
             parameter.add_(0.05 * seeding.normal([seeding.generator(SEED, "moved", number)], parameter.shape)[0])
@@ -189,13 +189,14 @@ def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_map_the_concept
     family: Any = family_of(pipe)
     family.max_tokens = tiny.TOKENS
     plan = make_plan(config, None)
-    views = Views(family.denoiser, family.select(plan.selection).names)
+    views = WeightViews(family.denoiser, family.select(plan.selection).names)
     erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
     met = set()
     for step in range(5):
         points = erasing.points(step, [0])
         t, path = float(points.t[0]), list[Tensor]()
-        noise = tokens(seeding.normal([seeding.generator(SEED, "noise", step, 0)], points.x.shape[1:]))
+        drawn = seeding.normal([seeding.generator(SEED, "noise", step, 0)], points.x.shape[1:])
+        noise = tokens(drawn)
 
         def keep(_pipe: Any, _step: int, _time: Any, latents: dict[str, Tensor], path: list[Tensor] = path) -> Any:
             path.append(latents["latents"])
@@ -203,9 +204,7 @@ def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_map_the_concept
 
         pipe(
             prompt="cat", num_inference_steps=FLUX_STEPS, guidance_scale=FLUX_GUIDANCE, height=16, width=16,
-            latents=noise if name == "flux-dev" else seeding.normal(
-                [seeding.generator(SEED, "noise", step, 0)], points.x.shape[1:]
-            ),
+            latents=noise if name == "flux-dev" else drawn,
             max_sequence_length=tiny.TOKENS, output_type="latent", callback_on_step_end=keep,
         )  # fmt: skip
         at = pipe.scheduler.timesteps.tolist().index(t)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esd.errors import UserError
 from esd.families import Family, family_of
-from esd.weights import Views
+from esd.weights import WeightViews
 from tests import tiny
 
 
@@ -18,9 +18,9 @@ def batch(family: Family, b: int = 3) -> tuple[Tensor, Tensor, Any]:
     return noise, torch.linspace(1, 999, b).long(), family.encode(["a cat", "dog", ""])[torch.arange(b) % 3]
 
 
-def trained(family: Family, expression: str, steps: int = 2) -> Views:
+def trained(family: Family, expression: str, steps: int = 2) -> WeightViews:
     """Views after a few updates of the selected parameters."""
-    views = Views(family.denoiser, family.select(expression).names)
+    views = WeightViews(family.denoiser, family.select(expression).names)
     x, t, cond = batch(family)
     optimiser = torch.optim.AdamW(views.parameters(), lr=1e-3, weight_decay=0.0)
     for _ in range(steps):
@@ -53,7 +53,7 @@ def test_calling_the_teacher_between_forward_and_backward_leaves_the_gradients_a
 ) -> None:
     family, plain = family_of(tiny.pipeline()), family_of(tiny.pipeline())
     names = family.select("esd_u").names
-    views = Views(family.denoiser, names)
+    views = WeightViews(family.denoiser, names)
     for denoiser in (family.denoiser, plain.denoiser):
         denoiser.train()
         with torch.no_grad():
@@ -73,7 +73,7 @@ def test_calling_the_teacher_between_forward_and_backward_leaves_the_gradients_a
 
 def test_the_teacher_records_no_gradient() -> None:
     family = family_of(tiny.pipeline())
-    views = Views(family.denoiser, family.select("esd_x").names)
+    views = WeightViews(family.denoiser, family.select("esd_x").names)
     assert not family.predict(views.teacher, *batch(family)).requires_grad
 
 
@@ -124,7 +124,7 @@ def test_values_come_back_exactly() -> None:
     views = trained(family, "esd_x")
     values = views.values()
     other = family_of(tiny.pipeline())
-    resumed = Views(other.denoiser, views.names)
+    resumed = WeightViews(other.denoiser, views.names)
     resumed.load_values(values)
     for name, parameter in resumed.named_parameters().items():
         assert torch.equal(parameter, values[name])
@@ -152,5 +152,5 @@ def test_names_the_module_lacks_are_refused_before_anything_changes() -> None:
     module = nn.Linear(2, 3)
     for names in (["weight", "wieght"], []):
         with pytest.raises(UserError, match="parameter"):
-            Views(module, names)
+            WeightViews(module, names)
         assert all(p.requires_grad for p in module.parameters())

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from esd.checkpoint import erased
+from esd.checkpoint import Erased, erased
 from esd.evaluation.generate import sample
 from esd.evaluation.judges import Judge
 from esd.evaluation.metrics import NO_RATE, erasure_rates
@@ -57,7 +57,7 @@ class Line:
 
 def evaluate(
     pipe: Any,
-    checkpoint: Path,
+    checkpoint: Erased,
     concepts: Sequence[str],
     *,
     vocabulary: Vocabulary | None,
@@ -74,7 +74,7 @@ def evaluate(
 
     Args:
         pipe: the base, on its device; it is the base again afterwards.
-        checkpoint: the erased weights, a file or a run directory.
+        checkpoint: the erased weights.
         concepts: what was erased.
         vocabulary: of the model, or None.
         judge: reads uint8 images (n, H, W, 3), or None.

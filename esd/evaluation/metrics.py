@@ -1,9 +1,9 @@
 """Rates of what a judge saw, each with its interval: did the concept go, and did everything else stay?
 
-Rows are *target* when their labels name an erased concept and the prompt does so too, *implied* when the prompt calls
-it otherwise, else *retained*. On target rows the rate of the
-concept itself should fall, and the rate of the other label (the style of an erased thing) should not. On
-retained rows, the same domain (other things) and the cross domain (styles) should both hold.
+Rows are *target* when their labels name an erased concept and the prompt does so too, *implied* when the prompt
+calls it otherwise, else *retained*. On target rows the rate of the concept itself should fall, and the rate of the
+other label (the style of an erased thing) should not. On retained rows, the same domain (other things) and the cross
+domain (styles) should both hold.
 
 Source: the split is UnlearnCanvas' UA, IRA and CRA (Zhang et al. 2024, arXiv:2402.11846); the interval is
 Wilson 1927.
