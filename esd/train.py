@@ -205,6 +205,7 @@ def measure(
         preview_images=wanted.preview_images,
         settings=DrawSettings(wanted.num_steps, wanted.guidance_scale, wanted.batch_size),
         picture=run / "preview.png",
+        erase_from=config.erase_from,
     )
     told = {name: trained.provenance[name] for name in ("seconds", "parameters")} | {"seed": config.seed}
     reason = rates.pop("reason")
@@ -275,10 +276,12 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
 
     def filled(concepts: list[str]) -> tuple[str, ...]:
         templates = [say(template, {"": concept}) for template in config.prompts for concept in concepts]
-        return tuple(in_turns(expand_prompts(templates, vocabulary, but=config.concepts)))
+        return tuple(in_turns(expand_prompts(templates, vocabulary, but=named)))
 
     if vocabulary:
         refuse_twins(config.concepts, vocabulary)
+    named = vocabulary.targets(config.concepts) if vocabulary else []
+    erased = vocabulary.targets(config.concepts, config.erase_from) if vocabulary else []
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
     weights, training = config.weights, dataclasses.asdict(config.training)
     del training["mixed_precision"]  # the accelerator's
@@ -288,7 +291,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         selection=config.selection,
         lora=Lora(weights.rank, weights.alpha or float(weights.rank)) if weights.rank else None,
         erase_from=filled(config.erase_from),
-        preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=config.concepts))),
+        preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=erased))),
         preserve_weight=config.preserve.weight,
         objective=Objective(**dataclasses.asdict(config.objective)),
         sampling=Sampling(

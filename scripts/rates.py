@@ -24,6 +24,9 @@ TITLES = {
     "implied": "called otherwise",
     "target_style": "style on target prompts",
     "target_thing": "thing on target prompts",
+    "elsewhere": "the concept elsewhere",
+    "elsewhere_thing": "the thing elsewhere",
+    "elsewhere_style": "the style elsewhere",
 }
 
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd.evaluation.erasure import exam, known_concepts, preview_lines
+from esd.evaluation.erasure import exam, known_targets, preview_lines
 from esd.evaluation.judges import Readings
 from esd.evaluation.metrics import NO_RATE, erasure_rates, wilson
 from esd.evaluation.prompts import PromptRow
-from esd.evaluation.vocabulary import Entry, Vocabulary
+from esd.evaluation.vocabulary import Entry, Target, Vocabulary
 
 HELD_OUT = {
     "both": ["a {thing} in {style}", "{style} art: {thing}"],
@@ -32,6 +32,8 @@ VOCABULARY = Vocabulary(
     {"held_out": HELD_OUT},
     frozenset({("cat", "neon"), ("dog", "ink")}),
 )
+
+CAT, INK = Target("thing", "cat"), Target("style", "ink")
 
 
 def read(things: list[str], styles: list[str], neither: list[bool]) -> Readings:
@@ -71,7 +73,7 @@ def test_target_same_domain_and_cross_domain_are_counted_apart() -> None:
     )
     before = read(["cat", "cat", "dog", "car"], ["neon", "ink", "ink", "ink"], [False] * 4)
     after = read(["dog", "cat", "dog", "cat"], ["neon", "ink", "ink", "neon"], [False, True, False, False])
-    rates = erasure_rates(asked, before, after, {"cat": "thing"})
+    rates = erasure_rates(asked, before, after, [CAT])
     assert (rates["target"]["before"], rates["target"]["after"], rates["target"]["n"]) == (1.0, 0.0, 2)
     assert (rates["same_domain"]["before"], rates["same_domain"]["after"], rates["same_domain"]["n"]) == (
         1.0,
@@ -91,7 +93,7 @@ def test_what_implies_the_concept_is_neither_target_nor_retained() -> None:
     asked = rows({"thing": "cat", "style": "ink"}, {"thing": "cat", "style": "ink", "called": "kitty"})
     before = read(["cat", "cat"], ["ink", "ink"], [False, False])
     after = read(["dog", "cat"], ["ink", "neon"], [True, False])
-    rates = erasure_rates(asked, before, after, {"cat": "thing"})
+    rates = erasure_rates(asked, before, after, [CAT])
     assert (rates["target"]["after"], rates["target"]["n"], rates["neither"]) == (0.0, 1, 1.0)
     assert (rates["implied"]["before"], rates["implied"]["after"], rates["implied"]["n"]) == (1.0, 1.0, 1)
     assert rates["target_style"]["n"] == 1 and rates["same_domain"] == rates["cross_domain"] == NO_RATE
@@ -100,51 +102,80 @@ def test_what_implies_the_concept_is_neither_target_nor_retained() -> None:
 def test_an_erased_style_swaps_the_domains() -> None:
     asked = rows({"thing": "cat", "style": "neon"}, {"thing": "cat", "style": "ink"})
     same = read(["cat", "cat"], ["neon", "ink"], [False, False])
-    rates = erasure_rates(asked, same, same, {"neon": "style"})
+    rates = erasure_rates(asked, same, same, [Target("style", "neon")])
     assert rates["target"]["n"] == rates["target_thing"]["n"] == rates["cross_domain"]["n"] == 1
 
 
 def test_a_domain_without_rows_has_no_rate() -> None:
     same = read(["cat"], ["neon"], [False])
-    assert erasure_rates(rows({"thing": "cat"}), same, same, {"cat": "thing"})["same_domain"] == NO_RATE
+    assert erasure_rates(rows({"thing": "cat"}), same, same, [CAT])["same_domain"] == NO_RATE
 
 
-@pytest.mark.parametrize("concepts", [{"cat": "thing"}, {"ink": "style"}, {"cat": "thing", "ink": "style"}])
+@pytest.mark.parametrize("targets", [[CAT], [INK], [CAT, INK]])
 def test_the_exam_asks_for_targets_and_for_everything_else_but_never_for_unseen_pairs(
-    concepts: dict[str, str],
+    targets: list[Target],
 ) -> None:
-    asked = exam(VOCABULARY, concepts, 40, 60, 0)
-    named = [set(row.labels.values()) & set(concepts) for row in asked]
+    asked = exam(VOCABULARY, targets, 40, 60, 0)
+    named = [set(row.labels.values()) & {target.name for target in targets} for row in asked]
     assert all(named[:40]) and not any(named[40:])
     assert len({row.evaluation_seed for row in asked}) == len(asked) == 100
     assert not {(row.labels.get("thing"), row.labels.get("style")) for row in asked} & VOCABULARY.held_out_pairs
     assert all({"thing", "style"} == set(row.labels) for row in asked[40:])
-    assert asked == exam(VOCABULARY, concepts, 40, 60, 0)
+    assert asked == exam(VOCABULARY, targets, 40, 60, 0)
 
 
 def test_the_exam_spreads_over_styles() -> None:
-    styles = [row.labels.get("style") for row in exam(VOCABULARY, {"cat": "thing"}, 90, 0, 0)]
+    styles = [row.labels.get("style") for row in exam(VOCABULARY, [CAT], 90, 0, 0)]
     counts = {style: styles.count(style) for style in set(styles)}
     assert counts == {"mosaic": 20, "ink": 20, "chalk": 20, "pixel": 20, None: 10}
 
 
 def test_the_implied_name_the_concept_by_other_words_and_leave_the_rest_of_the_exam_as_it_was() -> None:
-    asked, without = (exam(VOCABULARY, {"cat": "thing"}, 10, 20, count) for count in (36, 0))
+    asked, without = (exam(VOCABULARY, [CAT], 10, 20, count) for count in (36, 0))
     implied = asked[30:]
     assert asked[:30] == without and len(implied) == 36
     assert all(row.labels["thing"] == "cat" and row.labels["called"] in row.prompt for row in implied)
     assert {row.prompt for row in implied if len(row.labels) == 2} == {"one kitty", "one odd cat"}
     assert {"a kitty in chalk", "an odd cat in ink"} <= {row.prompt for row in implied}
     assert not any(row.labels.get("style") == "neon" for row in implied)  # a pair that was never seen
-    assert exam(VOCABULARY, {"ink": "style"}, 10, 20, 36) == exam(VOCABULARY, {"ink": "style"}, 10, 20, 0)
+    assert exam(VOCABULARY, [INK], 10, 20, 36) == exam(VOCABULARY, [INK], 10, 20, 0)
+
+
+def test_erased_from_one_thing_both_are_read_elsewhere() -> None:
+    target = Target("style", "ink", within="cat")
+    asked = rows(
+        {"thing": "cat", "style": "ink"},
+        {"thing": "dog", "style": "ink"},
+        {"thing": "cat", "style": "neon"},
+        {"thing": "dog", "style": "neon"},
+    )
+    before = read(["cat", "dog", "cat", "dog"], ["ink", "ink", "neon", "neon"], [False] * 4)
+    after = read(["cat", "cow", "cat", "dog"], ["neon", "ink", "ink", "ink"], [False] * 4)
+    rates = erasure_rates(asked, before, after, [target])
+    counted = {name: (rate["after"], rate["n"]) for name, rate in rates.items() if isinstance(rate, dict) and rate["n"]}
+    assert counted == {
+        "target": (0.0, 1), "target_thing": (1.0, 1), "elsewhere": (1.0, 1), "elsewhere_thing": (1.0, 1),
+        "same_domain": (0.0, 1), "cross_domain": (1.0, 1),
+    }  # fmt: skip
+
+
+def test_the_exam_of_a_style_erased_from_one_thing_asks_for_the_pair_and_for_each_without_the_other() -> None:
+    asked = exam(VOCABULARY, [Target("style", "ink", within="cat")], 8, 10, 0)
+    named = [(row.labels["thing"], row.labels["style"]) for row in asked]
+    pair, rest, ink, cat = named[:8], named[8:18], named[18:22], named[22:]
+    assert set(pair) == {("cat", "ink")} and not any("cat" in both or "ink" in both for both in rest)
+    assert all(style == "ink" and thing != "cat" for thing, style in ink) and len(ink) == 4
+    assert all(thing == "cat" and style != "ink" for thing, style in cat) and len(cat) == 4
 
 
 def test_rates_are_refused_with_their_reason() -> None:
     judge = object()
-    assert known_concepts(["cat"], VOCABULARY, judge) == ({"cat": "thing"}, None)
-    assert "no 'unicorn'" in str(known_concepts(["unicorn"], VOCABULARY, judge)[1])
-    assert "no judge" in str(known_concepts(["cat"], VOCABULARY, None)[1])
-    assert "no vocabulary" in str(known_concepts(["cat"], None, judge)[1])
+    assert known_targets(["cat"], VOCABULARY, judge) == ([CAT], None)
+    assert "no 'unicorn'" in str(known_targets(["unicorn"], VOCABULARY, judge)[1])
+    assert "no judge" in str(known_targets(["cat"], VOCABULARY, None)[1])
+    assert "no vocabulary" in str(known_targets(["cat"], None, judge)[1])
+    assert known_targets(["ink"], VOCABULARY, judge, ["odd cat"]) == ([Target("style", "ink", "cat")], None)
+    assert "erased from 'a dog'" in str(known_targets(["cat"], VOCABULARY, judge, ["a dog"])[1])
 
 
 @pytest.mark.parametrize("concept", ["dog", "Dogs", "a brown dog", "fruit", "Van Gogh's portrait", "lakes"])

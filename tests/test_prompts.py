@@ -7,7 +7,7 @@ import pytest
 
 from esd.errors import UserError
 from esd.evaluation.prompts import PromptRow, articled, fill, load, say
-from esd.evaluation.vocabulary import Vocabulary, expand_prompts, in_turns
+from esd.evaluation.vocabulary import Target, Vocabulary, expand_prompts, in_turns
 
 VOCABULARY = {
     "things": [
@@ -120,10 +120,28 @@ def test_neighbours_of_the_same_group_come_first(vocabulary: Vocabulary) -> None
 
 
 def test_training_templates_run_over_everything_but_the_erased(vocabulary: Vocabulary) -> None:
-    assert expand_prompts(["a cat", "a {thing} in {style}"], vocabulary, but=["kitty"]) == [
+    assert expand_prompts(["a cat", "a {thing} in {style}"], vocabulary, but=vocabulary.targets(["kitty"])) == [
         ["a cat"],
         ["a dog in mosaic", "a dog in neon", "a rose in mosaic", "a rose in neon"],
     ]
+
+
+def test_what_is_erased_from_one_thing_only_stays_with_all_others(vocabulary: Vocabulary) -> None:
+    erased = vocabulary.targets(["mosaic"], ["a kitty in mosaic"])
+    assert erased == [Target("style", "mosaic", within="cat")] == vocabulary.targets(["mosaic"], ["cat"])
+    whole, half, written_out = expand_prompts(
+        ["a {thing} in {style}", "a {thing} in mosaic", "a cat in mosaic"], vocabulary, but=erased
+    )
+    assert set(whole) == {f"a {t} in {s}" for t in ("cat", "dog", "rose") for s in ("mosaic", "neon")} - {
+        "a cat in mosaic"
+    }
+    assert half == ["a dog in mosaic", "a rose in mosaic"]
+    assert written_out == ["a cat in mosaic"]  # asked for in so many words; the plan refuses it
+
+
+def test_a_text_names_what_stands_in_it_as_words(vocabulary: Vocabulary) -> None:
+    assert vocabulary.named("Neon: a kitty beside a dog") == {"thing": "cat", "style": "neon"}
+    assert vocabulary.named("a catalogue of doggerel") == {}
 
 
 def test_a_template_that_needs_a_vocabulary_is_refused_without_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from esd.evaluation.judges import Judge
 from esd.evaluation.metrics import NO_RATE, erasure_rates
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow, fill, say
-from esd.evaluation.vocabulary import Vocabulary
+from esd.evaluation.vocabulary import DOMAINS, OTHER, Target, Vocabulary
 
 FIRST_SEED = 1_000_000  # training draws from hashed generators, so no evaluation seed was ever trained on
 UNRELATED = (
@@ -35,6 +35,7 @@ UNRELATED = (
 JOINING = {"a", "an", "the", "of", "on", "at", "in", "s"}  # words that name nothing; s is what is left of 's
 
 Report = Callable[[str], None]
+Labelled = list[tuple[str, dict[str, str]]]  # prompts, and what each names by domain
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def evaluate(
     preview_images: int,
     settings: DrawSettings,
     picture: Path,
+    erase_from: Sequence[str] = (),
     report: Report = print,
 ) -> dict[str, Any]:
     """The rates of summary.json; also writes the preview to `picture`.
@@ -82,13 +84,14 @@ def evaluate(
         preview_images: columns of the picture.
         settings: steps, guidance, batch size.
         picture: path of the PNG.
+        erase_from: () or what each concept was erased from.
         report: gets a line before each of the two slow parts.
     """
-    known, reason = known_concepts(concepts, vocabulary, judge)
+    targets, reason = known_targets(concepts, vocabulary, judge, erase_from)
     wanted = (target_images, retained_images, implied_images)
-    rows = exam(vocabulary, known, *wanted) if vocabulary and not reason else []
+    rows = exam(vocabulary, targets, *wanted) if vocabulary and not reason else []
     reason = reason or (None if rows else "no evaluation images were asked for")
-    lines, columns = preview_lines(concepts, vocabulary, preview_images)
+    lines, columns = preview_lines(concepts, vocabulary, preview_images, [t.within for t in targets if t.within])
     prompts = [row.prompt for row in rows] + [prompt for line in lines for prompt in line.prompts]
     seeds = [row.evaluation_seed for row in rows] + [FIRST_SEED - 1 - i for _ in lines for i in range(len(columns))]
 
@@ -117,74 +120,92 @@ def evaluate(
     if reason or judge is None:
         rates: dict[str, Any] = {name: dict(NO_RATE) for name in ("target", "same_domain", "cross_domain", "implied")}
         return rates | {"neither": None, "reason": reason}
-    return erasure_rates(rows, judge(before[:n]), judge(after[:n]), known) | {"reason": None}
+    return erasure_rates(rows, judge(before[:n]), judge(after[:n]), targets) | {"reason": None}
 
 
-def known_concepts(
-    concepts: Sequence[str], vocabulary: Vocabulary | None, judge: Judge | None
-) -> tuple[dict[str, str], str | None]:
-    """({canonical name: domain}, None), or ({}, why no rate can be had)."""
+def known_targets(
+    concepts: Sequence[str], vocabulary: Vocabulary | None, judge: Judge | None, erase_from: Sequence[str] = ()
+) -> tuple[list[Target], str | None]:
+    """(what was erased in the model's words, None), or ([], why no rate can be had)."""
     if vocabulary is None:
-        return {}, "the model ships no vocabulary.json, so there are no prompts with known answers"
+        return [], "the model ships no vocabulary.json, so there are no prompts with known answers"
     if judge is None:
-        return {}, "there is no judge for this model"
+        return [], "there is no judge for this model"
     found = {concept: vocabulary.find(concept) for concept in concepts}
     if unknown := [concept for concept, entry in found.items() if entry is None]:
-        return {}, f"the judge knows no {', '.join(map(repr, unknown))}"
-    return {entry[1].name: entry[0] for entry in found.values() if entry}, None
+        return [], f"the judge knows no {', '.join(map(repr, unknown))}"
+    targets = vocabulary.targets(concepts, erase_from)
+    if erase_from and (lost := [text for target, text in zip(targets, erase_from, strict=True) if not target.within]):
+        return [], f"erased from {lost[0]!r}: only a style erased from a thing, or a thing from a style, is read"
+    return targets, None
 
 
 def exam(
-    vocabulary: Vocabulary, concepts: Mapping[str, str], target_images: int, retained_images: int, implied_images: int
+    vocabulary: Vocabulary, targets: Sequence[Target], target_images: int, retained_images: int, implied_images: int
 ) -> list[PromptRow]:
-    """Rows in held-out phrasings: targets, the retained, the implied; each spread evenly over what the model knows.
+    """Rows in held-out phrasings: targets, the retained, the implied, and those elsewhere; each spread evenly.
 
     Pairs that the model never saw together are left out: they would measure the base, not the erasure.
 
     Args:
         vocabulary: of the model.
-        concepts: erased names to their domain.
-        target_images: rows that name an erased concept, alone or with something of the other domain.
+        targets: what was erased.
+        target_images: rows that name an erased concept, alone or with something of the other domain. Where it was
+            erased from something, rows that name both; half as many name it with anything else, and half as many
+            what it was erased from without it.
         retained_images: rows that name a thing and a style, neither of them erased.
         implied_images: rows that mean an erased concept by another word ("a kitty"), which their label "called"
             tells; none where the vocabulary has no other word for it.
     """
     phrasings = vocabulary.phrasings["held_out"]
     kept = {
-        domain: vocabulary.names(domain, but=[n for n, d in concepts.items() if d == domain])
-        for domain in ("thing", "style")
+        domain: vocabulary.names(domain, but=[t.name if t.domain == domain else t.within or "" for t in targets])
+        for domain in DOMAINS
     }
 
-    def filled(template: str, things: Sequence[str], styles: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    def filled(template: str, things: Sequence[str], styles: Sequence[str]) -> Labelled:
         return [
             (prompt, labels)
             for prompt, labels in fill(template, things, styles)
             if (labels.get("thing", ""), labels.get("style", "")) not in vocabulary.held_out_pairs
         ]
 
-    targets: list[tuple[str, dict[str, str]]] = []
-    implied: list[tuple[str, dict[str, str]]] = []
-    for name, domain in concepts.items():
-        things, styles = ([name], kept["style"]) if domain == "thing" else (kept["thing"], [name])
-        words = next(entry.synonyms for entry in vocabulary.entries(domain) if entry.name == name)
-        for template in (*phrasings["both"], *phrasings[domain]):
-            named = filled(template, things, styles)
-            targets += named
+    def pairs(template: str, domain: str, own: Sequence[str], others: Sequence[str]) -> Labelled:
+        return filled(template, *((own, others) if domain == "thing" else (others, own)))
+
+    named: Labelled = []
+    implied: Labelled = []
+    elsewhere: Labelled = []
+    without: Labelled = []
+    for target in targets:
+        domain, others = target.domain, kept[OTHER[target.domain]]
+        words = next(entry.synonyms for entry in vocabulary.entries(domain) if entry.name == target.name)
+        alone = [] if target.within else phrasings[domain]
+        for template in (*phrasings["both"], *alone):
+            meant = pairs(template, domain, [target.name], [target.within] if target.within else others)
+            named += meant
             implied += [
                 (say(template, labels | {domain: word}), labels | {"called": word})
                 for word in words
-                for _, labels in named
+                for _, labels in meant
             ]
+            if target.within:
+                elsewhere += pairs(template, domain, [target.name], others)
+                without += pairs(template, domain, kept[domain], [target.within])
     retained = [pair for template in phrasings["both"] for pair in filled(template, kept["thing"], kept["style"])]
-    chosen = _spread(targets, target_images) + _spread(retained, retained_images) + _spread(implied, implied_images)
+    chosen = _spread(named, target_images) + _spread(retained, retained_images) + _spread(implied, implied_images)
+    chosen += [row for rows in (elsewhere, without) for row in _spread(rows, target_images // 2)]
     return [PromptRow(i, prompt, FIRST_SEED + i, labels=labels) for i, (prompt, labels) in enumerate(chosen)]
 
 
-def preview_lines(concepts: Sequence[str], vocabulary: Vocabulary | None, columns: int) -> tuple[list[Line], list[str]]:
+def preview_lines(
+    concepts: Sequence[str], vocabulary: Vocabulary | None, columns: int, first: Sequence[str] = ()
+) -> tuple[list[Line], list[str]]:
     """The preview's rows, and a label for each column.
 
     A thing is shown across styles, a style across things: the target, three neighbours, then what is
-    unrelated (things of other groups; the same things without a style). Without a vocabulary the
+    unrelated (things of other groups; the same things without a style). What stands `first` does so across: what a
+    concept was erased from. Without a vocabulary the
     columns are seeds, and what is unrelated are everyday prompts, without those that name what is erased.
     """
     found = vocabulary.find(concepts[0]) if vocabulary else None
@@ -195,7 +216,8 @@ def preview_lines(concepts: Sequence[str], vocabulary: Vocabulary | None, column
     domain, entry = found
     erased_names = {other[1].name for concept in concepts if (other := vocabulary.find(concept))}
     near = [name for name in vocabulary.neighbours(domain, entry.name) if name not in erased_names]
-    across = _spread_names(vocabulary.names("style" if domain == "thing" else "thing", but=erased_names), columns)
+    others = _spread_names(vocabulary.names(OTHER[domain], but={*erased_names, *first}), max(0, columns - len(first)))
+    across = [*first, *others][:columns]
     both, alone = vocabulary.phrasings["held_out"]["both"][0], vocabulary.phrasings["held_out"]["thing"][0]
 
     def line(name: str, role: str) -> Line:

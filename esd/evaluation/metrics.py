@@ -3,7 +3,9 @@
 Rows are *target* when their labels name an erased concept and the prompt does so too, *implied* when the prompt
 calls it otherwise, else *retained*. On target rows the rate of the concept itself should fall, and the rate of the
 other label (the style of an erased thing) should not. On retained rows, the same domain (other things) and the cross
-domain (styles) should both hold.
+domain (styles) should both hold. Where a concept was erased from one thing or style only, target rows name both, and
+rows that name one of the two are *elsewhere*: the concept should be there as before, and so should what it was erased
+from.
 
 Source: the split is UnlearnCanvas' UA, IRA and CRA (Zhang et al. 2024, arXiv:2402.11846); the interval is
 Wilson 1927.
@@ -12,12 +14,12 @@ Wilson 1927.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from esd.evaluation.judges import Readings
 from esd.evaluation.prompts import PromptRow
-from esd.evaluation.vocabulary import DOMAINS
+from esd.evaluation.vocabulary import DOMAINS, Target
 
 NO_RATE: dict[str, Any] = {"before": None, "after": None, "n": 0, "interval": None, "interval_before": None}
 
@@ -37,7 +39,7 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def erasure_rates(
-    rows: Sequence[PromptRow], before: Readings, after: Readings, concepts: Mapping[str, str]
+    rows: Sequence[PromptRow], before: Readings, after: Readings, targets: Sequence[Target]
 ) -> dict[str, Any]:
     """The rates of summary.json.
 
@@ -46,26 +48,34 @@ def erasure_rates(
             an implied concept is called.
         before: what the judge reads in the base's n images.
         after: what it reads in the erased model's, of the same prompts and seeds.
-        concepts: erased names to their domain, for example {"cat": "thing"}.
+        targets: what was erased, for example [Target("thing", "cat")].
 
     Returns:
-        "target", "same_domain", "cross_domain", "implied" and, on target rows, "target_<other domain>": each
-        {"before", "after", "n", "interval" of after, "interval_before"}, with nulls where no row applies; and
-        "neither", the share of the erased model's target images in which the judge saw nothing it knows.
+        "target", "same_domain", "cross_domain", "implied" and, on target rows, "target_<other domain>"; where a
+        concept was erased from something, "elsewhere", the concept with anything else, and "elsewhere_<other
+        domain>", what it was erased from, without the concept. Each is {"before", "after", "n", "interval" of after,
+        "interval_before"}, with nulls where no row applies. And "neither", the share of the erased model's target
+        images in which the judge saw nothing it knows.
     """
-    domains = set(concepts.values())
+    domains = {target.domain for target in targets}
     others = [domain for domain in DOMAINS if domain not in domains]
-    meant = [any(concepts.get(name) == domain for domain, name in row.labels.items()) for row in rows]
-    target = [i for i, row in enumerate(rows) if meant[i] and "called" not in row.labels]
-    implied = [i for i, row in enumerate(rows) if meant[i] and "called" in row.labels]
-    retained = [i for i, row in enumerate(rows) if not meant[i]]
+
+    def where(holds: Callable[[Target, Mapping[str, str]], bool]) -> list[int]:
+        return [i for i, row in enumerate(rows) if any(holds(target, row.labels) for target in targets)]
+
+    meant, named, touched = where(Target.meant), where(Target.named), where(Target.touched)
+    target = [i for i in meant if "called" not in rows[i].labels]
+    implied = [i for i in meant if "called" in rows[i].labels]
+    elsewhere = sorted(set(named) - set(meant))
+    without = sorted(set(touched) - set(named))
+    retained = sorted(set(range(len(rows))) - {*named, *touched})
 
     def rate(indices: Collection[int], among: Collection[str], *, erased_only: bool = False) -> dict[str, Any]:
         asked = [
             (i, domain, name)
             for i in indices
             for domain, name in rows[i].labels.items()
-            if domain in among and (not erased_only or concepts.get(name) == domain)
+            if domain in among and (not erased_only or any(t.named({domain: name}) for t in targets))
         ]
         if not asked:
             return dict(NO_RATE)
@@ -85,5 +95,8 @@ def erasure_rates(
         "implied": rate(implied, domains, erased_only=True),
     }
     rates |= {f"target_{domain}": rate(target, [domain]) for domain in others}
+    if any(target.within for target in targets):
+        rates["elsewhere"] = rate(elsewhere, domains, erased_only=True)
+        rates |= {f"elsewhere_{domain}": rate(without, [domain]) for domain in others}
     rates["neither"] = sum(bool(after.neither[i]) for i in target) / len(target) if target else None
     return rates

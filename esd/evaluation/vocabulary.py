@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from esd.errors import UserError
 from esd.evaluation.prompts import fill
 
 DOMAINS = ("thing", "style")
+OTHER = {"thing": "style", "style": "thing"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,33 @@ class Entry:
     name: str
     group: str = ""
     synonyms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was erased, in a model's own words.
+
+    Attributes:
+        domain: "thing" or "style".
+        name: of the thing or style.
+        within: the one style or thing that it was erased from; None where it was erased from all.
+    """
+
+    domain: str
+    name: str
+    within: str | None = None
+
+    def named(self, labels: Mapping[str, str]) -> bool:
+        """Whether labels name the concept, with whatever else."""
+        return labels.get(self.domain) == self.name
+
+    def meant(self, labels: Mapping[str, str]) -> bool:
+        """Whether what these labels name should be gone."""
+        return self.named(labels) and (self.within is None or self.touched(labels))
+
+    def touched(self, labels: Mapping[str, str]) -> bool:
+        """Whether labels name what the concept was erased from."""
+        return self.within is not None and labels.get(OTHER[self.domain]) == self.within
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,36 @@ class Vocabulary:
                     return domain, entry
         return None
 
+    def targets(self, concepts: Sequence[str], erase_from: Sequence[str] = ()) -> list[Target]:
+        """What is erased, of the concepts that the model knows.
+
+        Args:
+            concepts: names or synonyms.
+            erase_from: () or as many texts, each naming what its concept is erased from, as "cat" and "cat in the
+                mosaic style" do for a style.
+        """
+        targets = []
+        for concept, text in zip(concepts, erase_from or [""] * len(concepts), strict=True):
+            if found := self.find(concept):
+                domain, entry = found
+                targets.append(Target(domain, entry.name, self.named(text).get(OTHER[domain])))
+        return targets
+
+    def named(self, text: str) -> dict[str, str]:
+        """{domain: name} of the first thing and the first style that a text names.
+
+        A synonym counts as its name; of words that begin alike the longest counts, so that "hot dog" is no dog.
+        """
+        words = {
+            _plain(word): (domain, entry.name)
+            for domain in DOMAINS
+            for entry in self.entries(domain)
+            for word in (entry.name, *entry.synonyms)
+        }
+        longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+        found = [words[word] for word in re.findall(rf"(?<!\w)(?:{longest_first})(?!\w)", text.lower())]
+        return dict(reversed(found))
+
     def neighbours(self, domain: str, name: str) -> list[str]:
         """The other names of a domain, those of the same group first."""
         group = next((entry.group for entry in self.entries(domain) if entry.name == name), "")
@@ -97,14 +156,14 @@ class Vocabulary:
 
 
 def expand_prompts(
-    templates: Sequence[str], vocabulary: Vocabulary | None, *, but: Collection[str] = ()
+    templates: Sequence[str], vocabulary: Vocabulary | None, *, but: Sequence[Target] = ()
 ) -> list[list[str]]:
     """For each template, every prompt it stands for: {thing} and {style} run over what the model knows.
 
     Args:
         templates: texts that may hold {thing} and {style}.
         vocabulary: of the model, or None.
-        but: concepts (names or synonyms) that {thing} and {style} leave out.
+        but: what {thing} and {style} leave out; where it is erased from one thing or style, the two together.
 
     Raises:
         UserError: a template holds {thing} or {style} and the model ships no vocabulary.
@@ -117,9 +176,20 @@ def expand_prompts(
                     "vocabulary.json to fill them from; write the prompts out"
                 )
         return [[template] for template in templates]
-    known = {found[1].name for concept in but if (found := vocabulary.find(concept))}
-    things, styles = vocabulary.names("thing", but=known), vocabulary.names("style", but=known)
-    return [[prompt for prompt, _ in fill(template, things, styles)] for template in templates]
+    things, styles = vocabulary.names("thing"), vocabulary.names("style")
+    pairs = any(target.within for target in but)
+
+    def spared(prompt: str, labels: Mapping[str, str]) -> bool:
+        told = {
+            **(vocabulary.named(prompt) if pairs and labels else {}),
+            **labels,
+        }  # one of a pair may stand written out
+        return not any(target.meant(told) for target in but)
+
+    return [
+        [prompt for prompt, labels in fill(template, things, styles) if spared(prompt, labels)]
+        for template in templates
+    ]
 
 
 def in_turns(choices: Sequence[Sequence[str]]) -> list[str]:
