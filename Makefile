@@ -39,7 +39,7 @@ demo: $(STAMP) ## erase the cat from the bundled model into runs/demo; print the
 test: $(STAMP) ## style, types and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## the slow tests: an erasure from end to end, and what else takes minutes

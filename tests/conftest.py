@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from esd.families import Family, family_of
 from tests import tiny
@@ -15,6 +17,8 @@ from tests.programs import Command, models
 def pytest_configure(config: pytest.Config) -> None:
     """diffusers' schedulers hand torch tensors to numpy in a way that numpy 2 frowns upon."""
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning:diffusers")
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side each gets its share of the cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 @pytest.fixture(scope="session")
