@@ -129,6 +129,9 @@ class TrajectoryConfig:
         one_of=("visited", "index", "compvis", "alt"),
     )
     scheduler: str | None = option(None, "of the rollouts; null takes the model's own", one_of=SCHEDULERS)
+    scaled_input: bool = option(
+        True, "show the denoiser x_t as the scheduler scales it; false is upstream's SDXL script, which does not"
+    )
     size: int | None = option(
         None, "edge in pixels of the square pictures rolled out; null is the model's own", at_least=1
     )

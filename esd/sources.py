@@ -10,11 +10,11 @@ x_t is the training point.
             of its guided batch *are* the teacher's predictions for the concept and for the null prompt, so
             they are free. Points of one rollout are correlated; `rollouts` and `reuse` say how much.
 
-Free predictions need all of this: the teacher samples; there is classifier-free guidance (else only the
-concept's is free); the objective's null is the rollout's negative prompt; a model that is told its guidance
-scale is told the same while sampling and for the target; t is the visited time, not a jittered one; and the
-prompt is the one rolled out with (so `erase_from` and null are free, the concept costs a call). What is wanted
-and missing is computed, in batched calls.
+Free predictions need all of this: the teacher samples, and x is what it was given there; there is
+classifier-free guidance (else only the concept's is free); the objective's null is the rollout's negative
+prompt; a model that is told its guidance scale is told the same while sampling and for the target; t is the
+visited time, not a jittered one; and the prompt is the one rolled out with (so `erase_from` and null are free,
+the concept costs a call). What is wanted and missing is computed, in batched calls.
 
 Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them.
 
@@ -135,6 +135,8 @@ class Sampling:
         max_batch: most rows in one call of the denoiser, >= 2.
         size: edge in pixels of the square pictures rolled out; None for the model's own.
         negative: the negative prompt, see `Family.null`; None for the objective's null.
+        scaled_input: training points go through `Family.model_input`, as in sampling. Upstream's esd_sdxl.py leaves
+            that out, so that with Euler x is too large by sqrt(sigma^2 + 1).
 
     Raises:
         UserError: a value is out of range.
@@ -147,6 +149,7 @@ class Sampling:
     max_batch: int
     size: int | None
     negative: Null | None
+    scaled_input: bool
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -217,7 +220,7 @@ class OnPolicy:
         noise = seeding.generators(self.seed, "noise", step, indices)
         path = _roll(self, prompt, noise, stop=[self.times.stops[k] for k, _ in draws], keep="last")
         t = torch.tensor([label for _, label in draws], device=path.t.device)
-        return _complete(self, path.inputs[0], t, prompt.to(t.device), {})
+        return _complete(self, _seen(self, path)[0], t, prompt.to(t.device), {})
 
     def visited(self, updates: int) -> set[int]:
         """The prompts (rows of `Conditions`) that so many updates train on."""
@@ -337,13 +340,13 @@ class Bank:
             for low, width in zip(self.times.low, self.times.width, strict=True)
         ]
         c, predictions = self.conditions, dict[str, Tensor | None]()
-        if self.times.visited and self.sampler is self.teacher:
+        if self.times.visited and self.sampler is self.teacher and self.sampling.scaled_input:
             if self.family.with_guidance(c.rolled, self.sampling.guidance_scale) is c.rolled:
                 predictions["concept" if c.rolled is c.concept else "erase_from"] = path.cond
             if c.negative is None:
                 predictions["null"] = path.null
         free = {name: points(values) for name, values in predictions.items() if values is not None}
-        x = points(torch.cat([path.inputs, path.final[None]]))
+        x = points(torch.cat([_seen(self, path), path.final[None]]))
         t, prompts = torch.tensor(labels), prompt.repeat_interleave(len(stops))
         return _complete(self, x, t.to(x.device), prompts.to(x.device), free)
 
@@ -362,7 +365,19 @@ def dealt(seed: int, numbers: Sequence[int], count: int) -> Tensor:
 def _times(family: Family, sampling: Sampling) -> Times:
     """The training points of the rollouts that `sampling` describes."""
     solver = family.scheduler(sampling.num_steps, sampling.scheduler, family.latent_shape(sampling.size))
+    if not sampling.scaled_input:
+        ones = torch.ones(1, 1, 1, 1)
+        if torch.equal(family.model_input(solver, ones, solver.timesteps[0]), ones):
+            raise UserError(
+                f"trajectory.scaled_input=false: {type(solver).__name__} gives x_t to the denoiser as it is; leave it "
+                "out, or set trajectory.scheduler=euler"
+            )
     return times(sampling.time_rule, solver)
+
+
+def _seen(source: OnPolicy | Bank, path: Trajectory) -> Tensor:
+    """The points of a rollout as the denoiser is shown them in training (s, b, c, h, w)."""
+    return path.inputs if source.sampling.scaled_input else path.latents
 
 
 def _draw(times: Times, generator: torch.Generator) -> tuple[int, float]:

@@ -302,6 +302,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
             path.max_batch,
             path.size,
             path.negative,
+            path.scaled_input,
         ),
         sampler=path.sampler,
         sample_with=path.sample_with,

@@ -7,8 +7,9 @@ from esd.sources import Sampling
 from esd.trainer import TrainPlan
 
 SAMPLING = Sampling(
-    num_steps=3, guidance_scale=3.0, time_rule="visited", scheduler=None, max_batch=64, size=None, negative=None
-)
+    num_steps=3, guidance_scale=3.0, time_rule="visited", scheduler=None, max_batch=64, size=None, negative=None,
+    scaled_input=True,
+)  # fmt: skip
 PLAN = TrainPlan(
     concepts=("cat",),
     prompts=("cat", "a cat"),

@@ -413,6 +413,24 @@ def test_another_negative_prompt_than_the_objectives_is_not_free() -> None:
     assert calls_of_a_bank(family, conditions, SAMPLING) == 1
 
 
+def test_points_shown_unscaled_are_larger_by_what_euler_divides_by_and_nothing_is_free() -> None:
+    family = shared("sdxl")
+    conditions, unscaled = (
+        Conditions(family.encode(PROMPTS), family.null()),
+        dataclasses.replace(SAMPLING, scaled_input=False),
+    )
+    assert calls_of_a_bank(family, conditions, unscaled) == 2
+    settings: dict[str, Any] = {"rollouts": 3, "reuse": 1, "per_update": 9, "seed": 1}
+    scaled, raw = (
+        Bank(family, family.denoiser, conditions, how, **settings).points(0, range(9)) for how in (SAMPLING, unscaled)
+    )
+    solver = family.scheduler(SAMPLING.num_steps)
+    sigma = torch.stack([solver.sigmas[solver.timesteps.tolist().index(t)] for t in raw.t.tolist()])
+    torch.testing.assert_close(raw.x, scaled.x * (sigma**2 + 1).sqrt().view(-1, 1, 1, 1))
+    with pytest.raises(UserError, match="gives x_t to the denoiser as it is"):
+        Bank(shared("sd1"), family.denoiser, conditions, unscaled, **settings)
+
+
 def test_only_a_model_distilled_for_it_can_be_told_a_guidance_scale() -> None:
     plan = dataclasses.replace(LONG, objective=Objective(embedded_guidance=3.5))
     with pytest.raises(UserError, match=r"embedded_guidance=3.5: stable-diffusion-xl is not told"):

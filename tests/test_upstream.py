@@ -1,8 +1,8 @@
 """The authors' programs, target for target: each experiment against a loop written from its published formula.
 
 Here nothing of `esd` computes what is expected but the draws of noise, sample and time. The columns are those of
-CompVis' train-esd.py (a2189e9), alt_esd_diffusers.py and esd_sd.py (25613d2) of rohitgandikota/erasing, and the FLUX
-scripts of its rewrite (2ff19a1), whose x_t the stock pipeline draws.
+CompVis' train-esd.py (a2189e9), alt_esd_diffusers.py and esd_sd.py (25613d2) of rohitgandikota/erasing; and those
+whose x_t the stock pipeline draws, esd_sdxl.py and the FLUX scripts of its rewrite (2ff19a1).
 """
 
 from __future__ import annotations
@@ -135,6 +135,47 @@ def test_points_and_targets_are_those_of_the_published_formula(experiment: str, 
         )
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
     assert Path(config.model.path).name == "stable-diffusion-v1-4"
+
+
+def test_sdxl_points_are_the_stock_pipelines_own_latents_and_targets_map_the_concept_to_null() -> None:
+    pipe = tiny.every("sdxl")
+    base = copy.deepcopy(pipe.unet)
+    steps = [f"trajectory.num_steps={STEPS}", "trajectory.size=16", f"seed={SEED}"]
+    config = composed("train", ["experiment=upstream_2025_sdxl", "concepts=[cat]", *steps])
+    assert isinstance(config, TrainConfig)
+    config.check()
+    family, plan = family_of(pipe), make_plan(config, None)
+    views = WeightViews(family.denoiser, family.select(plan.selection).names)
+    erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
+    states, _, pooled, _ = pipe.encode_prompt(["cat", ""], device="cpu", do_classifier_free_guidance=False)
+    ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)  # a whole picture of its own size
+    met = set()
+    for step in range(6):
+        points = erasing.points(step, [0])
+        noise = seeding.normal([seeding.generator(SEED, "noise", step, 0)], (4, 8, 8))
+        path = [noise * pipe.scheduler.init_noise_sigma]
+
+        def keep(_pipe: Any, _step: int, _time: Any, latents: dict[str, Tensor], path: list[Tensor] = path) -> Any:
+            path.append(latents["latents"])
+            return latents
+
+        pipe(
+            prompt="cat", num_inference_steps=STEPS, guidance_scale=2.0, height=16, width=16, latents=noise,
+            output_type="latent", callback_on_step_end=keep,
+        )  # fmt: skip
+        at = pipe.scheduler.timesteps.tolist().index(float(points.t[0]))
+        met.add(at)
+        torch.testing.assert_close(points.x, path[at], atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            cat, null = base(
+                points.x.repeat(2, 1, 1, 1),
+                points.t[0],
+                states,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": ids},
+            ).sample.split(1)
+        ours = objectives.target(points.concept, points.concept, points.prediction("null"), eta=plan.objective.eta)
+        torch.testing.assert_close(ours, cat - 1.0 * (cat - null), atol=1e-6, rtol=0)
+    assert len(met) > 2
 
 
 FLUX_STEPS, FLUX_GUIDANCE, TEXTS = 5, 3.5, ["cat", ""]
