@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .families.base import Denoiser
 from .lora import Lora, LowRank, peft_config
 from .storage import atomic
 from .weights import refuse_fused
@@ -221,6 +222,35 @@ def erased(pipe: Any, path: str | Path | Erased) -> Iterator[Any]:
         yield pipe
     finally:
         remove(pipe)
+
+
+def worn(pipe: Any) -> Path | None:
+    """The file of the erased weights that a pipeline wears, or None where it wears none."""
+    applied = _APPLIED.get(_denoiser(pipe))
+    return applied.path if applied else None
+
+
+def base_view(pipe: Any) -> Denoiser:
+    """The base under erased weights, callable like the denoiser and beside it; changes nothing, gradients flow.
+
+    Not for a denoiser under gradient checkpointing: the backward pass would compute again with the erased weights.
+
+    Args:
+        pipe: a pipeline, or a denoiser, that wears a checkpoint.
+
+    Raises:
+        CheckpointError: it wears none.
+    """
+    denoiser = _denoiser(pipe)
+    if denoiser not in _APPLIED:
+        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
+    live = dict(denoiser.named_parameters())
+    originals = {name: value.to(live[name].device) for name, value in _APPLIED[denoiser].originals.items()}
+
+    def base(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(denoiser, originals, args, kwargs)
+
+    return base
 
 
 def export_official(path: str | Path | Erased, pipe: Any, out: str | Path) -> None:
