@@ -160,7 +160,7 @@ def test_what_an_attack_spent_is_what_the_denoiser_saw_and_nothing_is_left_behin
     assert required(family) == asked
     for curve in curves.values():
         assert curve.images.shape == (2, size, size, 3) and curve.images.dtype == np.uint8
-        assert [dict(point.tried) for point in curve.points][0] == {}
+        assert not curve.points[0].tried
         assert all(one.queries < two.queries for one, two in zip(curve.points, curve.points[1:], strict=False))
         assert all(point.best.k >= point.alone.k for point in curve.points)
         assert curve.points[-1].best.k >= curve.points[0].alone.k  # on the base too: at least as without attack
@@ -246,14 +246,15 @@ def test_noised_latents_are_those_of_the_scheduler(scheduler: str) -> None:
 @pytest.mark.parametrize(
     ("name", "attack"),
     [
-        *((name, SoftPrompt(steps=30, every=30, lr=5e-2, examples=4)) for name in (*UNETS, *FLOWS)),
-        *((name, Inversion(concept="cat", steps=30, every=30, lr=2e-2, examples=4)) for name in UNETS),
+        *((name, SoftPrompt(steps=16, every=16, lr=1e-2, batch_size=12)) for name in (*UNETS, *FLOWS)),
+        *((name, Inversion(concept="cat", steps=16, every=16, lr=1e-2, batch_size=12)) for name in UNETS),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_what_is_learned_lowers_its_own_loss(families: Any, name: str, attack: Any) -> None:
     family = families(name)
-    with frozen([family.denoiser]):
+    encoders = [value for key, value in family.pipe.components.items() if key.startswith("text_encoder") and value]
+    with frozen([family.denoiser, *encoders]):
         first, last = attack.tries(subject(family))
     assert last.tried["loss"] < first.tried["loss"]
     assert not torch.equal(first.found[0], last.found[0])
@@ -280,16 +281,14 @@ def test_the_loss_of_a_perfect_prediction_is_zero(families: Any, name: str) -> N
 @pytest.mark.parametrize("kind", ["noise", "soft_prompt", "inversion"])
 def test_a_budget_is_kept_and_ends_a_run_cleanly(families: Any, kind: str) -> None:
     family, attack = families("sd1"), dataclasses.replace(QUICK[kind], **({} if kind == "noise" else {"steps": 9}))
-    for limit, most in (("queries", 50), ("gradients", 5)):
+    for limit, most in (("queries", 25), ("gradients", 5)):
         if kind == "noise" and limit == "gradients":
             continue
-        with Hooks(family.denoiser) as hooks:
-            curves = run(family, attack, Budget(**{limit: most})).curves
-        assert curves["erased"].stopped == curves["base"].stopped == f"{limit}={most}"
-        assert all(getattr(curves[model].points[-1], limit) <= most for model in ("erased", "base"))
-        assert (
-            hooks.gradients <= 2 * most if limit == "gradients" else hooks.queries <= 4 * most + 2 * hooks.gradients * 2
-        )
+        curves = run(family, attack, Budget(**{limit: most})).curves
+        for model in ("erased", "base"):
+            assert curves[model].stopped == f"{limit}={most}"
+            assert curves[model].points[-1].queries > 0
+            assert all(getattr(point, limit) <= most for point in curves[model].points)
     with pytest.raises(UserError, match="queries=3"):
         run(family, attack, Budget(queries=3))
 
@@ -345,14 +344,15 @@ def test_an_exception_leaves_no_trace(families: Any, kind: str) -> None:
     assert not any(table._forward_hooks for table in family.embedding_tables())
 
 
-@pytest.mark.parametrize("kind", ["noise", "inpainting", "soft_prompt"])
+@pytest.mark.parametrize("kind", list(QUICK))
 def test_an_attack_does_not_depend_on_its_batch(families: Any, kind: str) -> None:
-    family = families("sd2-v")
-    one, many = (
-        run(family, QUICK[kind], draw=dataclasses.replace(DRAW, batch_size=size)).curves["erased"] for size in (1, 5)
-    )
-    np.testing.assert_allclose(one.scores, many.scores, atol=2 / 255)
-    assert [point.queries for point in one.points] == [point.queries for point in many.points]
+    family = families("sd1")
+    with frozen([family.denoiser, family.pipe.text_encoder]):
+        one, many = (
+            list(QUICK[kind].tries(subject(family, dataclasses.replace(DRAW, batch_size=size)))) for size in (1, 5)
+        )
+    for first, second in zip(one, many, strict=True):
+        torch.testing.assert_close(first.latents, second.latents, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["noise", "completion", "inpainting"])

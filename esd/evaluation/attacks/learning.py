@@ -76,9 +76,9 @@ class LearningAttack(Attack):
                 return
             sources = seeding.generators(seed, "attack update", step, range(self.batch_size))
             chosen = [seeding.below(source, len(known)) for source in sources]
-            cond = self.read(subject, vectors, [row_of[i] for i in chosen])
             optimiser.zero_grad()
             with torch.enable_grad():
+                cond = self.read(subject, vectors, [row_of[i] for i in chosen])
                 denoising_loss(family, subject.attacked, known[chosen], cond, sources).backward()
             optimiser.step()
 
