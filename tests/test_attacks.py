@@ -42,6 +42,8 @@ QUICK = {
     "soft_prompt": SoftPrompt(steps=2, every=2, batch_size=2, examples=3, tokens=2),
     "inversion": Inversion(concept="cat", steps=2, every=2, batch_size=2, examples=3),
 }
+# a random text encoder is rough: the loss falls for all noise only where much of it is averaged
+INVERSION = Inversion(concept="cat", steps=12, every=12, lr=3e-3, batch_size=24, examples=48)
 FITTING = [  # completion and inpainting are tried on all families further down
     *(("sd1", attack) for attack in QUICK),
     *((name, attack) for name in UNETS[1:] for attack in ("noise", "soft_prompt", "inversion")),
@@ -247,7 +249,7 @@ def test_noised_latents_are_those_of_the_scheduler(scheduler: str) -> None:
     ("name", "attack"),
     [
         *((name, SoftPrompt(steps=16, every=16, lr=1e-2, batch_size=12)) for name in (*UNETS, *FLOWS)),
-        *((name, Inversion(concept="cat", steps=16, every=16, lr=1e-2, batch_size=12)) for name in UNETS),
+        *((name, INVERSION) for name in UNETS),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
@@ -255,7 +257,7 @@ def test_what_is_learned_lowers_its_own_loss(families: Any, name: str, attack: A
     family = families(name)
     encoders = [value for key, value in family.pipe.components.items() if key.startswith("text_encoder") and value]
     with frozen([family.denoiser, *encoders]):
-        first, last = attack.tries(subject(family))
+        first, last = attack.tries(subject(family, dataclasses.replace(DRAW, batch_size=64)))
     assert last.tried["loss"] < first.tried["loss"]
     assert not torch.equal(first.found[0], last.found[0])
 
