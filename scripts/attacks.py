@@ -2,8 +2,8 @@
 
     python scripts/attacks.py CHECKPOINT CONCEPT OUT ATTACK...
 
-such as `python scripts/attacks.py runs/cat cat runs/attacks/cat soft_prompt completion`. Prints a row of the page's table
-for each try, and leaves recovery.json, the best pictures and a sheet of them in OUT/ATTACK.
+such as `python scripts/attacks.py runs/cat cat runs/attacks/cat soft_prompt completion`. Prints a row of the page's
+table for each try, and leaves recovery.json, the best pictures and a sheet of them in OUT/ATTACK.
 """
 
 from __future__ import annotations
