@@ -148,7 +148,7 @@ NO_RATE = {"before": None, "after": None, "n": 0, "interval": None}
     [
         (
             {"target": RATE, "same_domain": RATE, "neither": 0.1, "seconds": 61.2, "reason": None},
-            "target 96% -> 2%; others of its kind 96% -> 2%; neither 10%; trained in 61 s",
+            "target 96% -> 1.5%; others of its kind 96% -> 1.5%; neither 10%; trained in 61 s",
         ),
         ({"target": NO_RATE, "neither": None, "reason": "no judge"}, "no rates: no judge"),
         ({"target": None, "reason": "no judge"}, "no rates: no judge"),
