@@ -173,6 +173,22 @@ def test_a_plan_is_told_and_nothing_is_written(command: Command) -> None:
     assert "cross.k: 4 tensors" in ended.out and "% of UNet2DConditionModel" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["trajectory=on_policy"], "anew for every update"),
+        (["trajectory=on_policy", "trajectory.staleness=4"], "anew for every 4 updates"),
+        (["trajectory.sampler=student", "trajectory.rollouts=40"], "anew for every 8 updates"),
+        (["trajectory=student_bank", "trajectory.rollouts=40", "trajectory.staleness=2"], "anew for every 2 updates"),
+    ],
+)
+def test_points_drawn_by_the_student_serve_one_update_or_with_a_bank_eight(
+    command: Command, settings: list[str], told: str
+) -> None:
+    ended = train(command, "trajectory.rollouts=0", *settings, "plan_only=true")
+    assert ended.code == 0 and told in ended.out, ended.err
+
+
 def test_what_is_erased_from_is_the_anchor_that_the_plan_and_the_checkpoint_name(command: Command) -> None:
     ended = train(command, "erase_from=[dog]", "objective.anchor=concept")
     assert ended.code == 0 and "anchor erase_from, eta 1" in ended.out
