@@ -241,11 +241,11 @@ class OnPolicy(Source):
         asked = tuple(indices)
         if asked not in self._built:
             first = build * self.updates_per_build
-            self._built[asked] = self._draw(range(first, first + self.updates_per_build), asked)
+            self._built[asked] = self._fresh(range(first, first + self.updates_per_build), asked)
         return self._built[asked][within * len(asked) : (within + 1) * len(asked)]
 
     @torch.no_grad()
-    def _draw(self, steps: Sequence[int], indices: Sequence[int]) -> Points:
+    def _fresh(self, steps: Sequence[int], indices: Sequence[int]) -> Points:
         """The points of some updates, one update after the other."""
         numbers = [step * self.per_update + i for step in steps for i in indices]
         prompt = dealt(self.seed, numbers, len(self.conditions.concept))

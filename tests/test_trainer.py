@@ -110,21 +110,18 @@ def test_nothing_to_push_away_from_means_nothing_to_learn(tmp_path: Path) -> Non
     assert metrics(tmp_path)[0]["loss"] < 1e-10
 
 
+STALE = {"sampler": "student", "staleness": 2, "objective": Objective(eta=20.0)}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"sampler": "student", "staleness": 1, "rollouts": 0},
-        {"sampler": "student", "staleness": 3, "rollouts": 0, "objective": Objective(eta=20.0)},  # amid three updates
-        {
-            "sampler": "student",
-            "staleness": 3,
-            "rollouts": 0,
-            "objective": Objective(eta=20.0),
-            "gradient_accumulation": 2,
-        },
-        {"sampler": "student", "staleness": 8, "objective": Objective(eta=20.0)},  # amid a bank that lasts six
-        {"sampler": "student", "staleness": 3, "objective": Objective(eta=20.0)},  # and one thrown away after three
+        {**STALE, "rollouts": 0},
+        {**STALE, "rollouts": 0, "gradient_accumulation": 2, "preserve": ("a dog", "a rose")},
+        {**STALE, "staleness": 8, "rollouts": 2, "reuse": 1},  # a bank that is used up after two updates
+        STALE,
         {"sampler": "teacher", "rollouts": 0, "gradient_accumulation": 2},
         {"preserve": ("a dog", "a rose"), "weight_decay": 0.1, "lr_schedule": "cosine", "warmup": 1},
     ],
@@ -141,12 +138,12 @@ def test_stopping_and_resuming_equals_never_stopping(
 
     def write_then_stop(log: trainer.Log, line: dict[str, float]) -> None:
         write(log, line)
-        if line["step"] == 2:
+        if line["step"] == 3:  # amid the second pair of updates: the student that drew its points is not the base
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Log, "write", write_then_stop)
-        with pytest.raises(trainer.Stopped, match="after update 2 of 4"):
+        with pytest.raises(trainer.Stopped, match="after update 3 of 4"):
             run(tmp_path / "parts", plan(**changes))
     assert not (tmp_path / "parts" / "erased.safetensors").exists()
     parts = run(tmp_path / "parts", plan(**changes))
