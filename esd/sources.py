@@ -20,8 +20,8 @@ prompt is the one rolled out with (so `erase_from` and null are free, the concep
 and missing is computed, in batched calls.
 
 Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them. What the student
-draws depends on its weights too, those of the first update that the points serve: who resumes amid them must let
-that student draw them again.
+draws depends on its weights too, those of the first update that the points serve. They are gone when a run resumes amid
+these updates, so the points are saved (`in_use`, `put_back`): a thousandth of what the weights would take.
 
 Source: ESD section 4 and its algorithm (on-policy); rohitgandikota/erasing, esd_sd.py (frozen sampler); the
 bank is ours.
@@ -30,7 +30,7 @@ bank is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
@@ -105,16 +105,16 @@ class Points:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Points:
-        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken: dict[str, Any] = {name: None if c is None else c[rows] for name, c in columns.items()}
-        return Points(**taken)
+        return Points(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are not None, by name; `Points(**points.tensors())` is the same again."""
+        return {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
 
     @staticmethod
     def cat(parts: Sequence[Points]) -> Points:
         """One batch after the other."""
-        columns: dict[str, Any] = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Points)}
-        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
-        return Points(**joined)
+        return Points(**{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0].tensors()})
 
     def prediction(self, of: Anchor) -> Tensor:
         """What the teacher predicts for "null", "concept" or "erase_from" (b, c, h, w).
@@ -188,6 +188,16 @@ class Source(Protocol):
         Who asks for an update asks for the same indices in every update: some sources then draw ahead.
         """
 
+    def in_use(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The points drawn last, of all processes: what `put_back` needs.
+
+        Args:
+            gather: a tensor's rows in all processes, one process after the other; called in all of them alike.
+        """
+
+    def put_back(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what `in_use` told in another sitting for the points in use at update `step`, instead of drawing."""
+
     def visited(self, updates: int) -> set[int]:
         """The prompts (rows of `Conditions`) that so many updates train on."""
 
@@ -231,18 +241,31 @@ class OnPolicy(Source):
         self.times = _times(family, sampling)
         self.updates_per_build = staleness
         self._build = -1
-        self._built: dict[tuple[int, ...], Points] = {}
+        self._built: dict[int, Points] = {}  # by sample index: one point for each update of the build
 
     def points(self, step: int, indices: Sequence[int]) -> Points:
         """Points of update `step`, float32 on the denoiser's device; see `Source`."""
         build, within = divmod(step, self.updates_per_build)
         if self._build != build:
             self._build, self._built = build, {}
-        asked = tuple(indices)
-        if asked not in self._built:
+        if missing := [i for i in indices if i not in self._built]:
             first = build * self.updates_per_build
-            self._built[asked] = self._fresh(range(first, first + self.updates_per_build), asked)
-        return self._built[asked][within * len(asked) : (within + 1) * len(asked)]
+            fresh = self._fresh(range(first, first + self.updates_per_build), missing)
+            self._built |= {i: fresh[k :: len(missing)] for k, i in enumerate(missing)}
+        return Points.cat([self._built[i][within : within + 1] for i in indices])
+
+    def in_use(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """See `Source`; "index" is the sample index of each `updates_per_build` rows."""
+        points = Points.cat(list(self._built.values()))
+        tensors = points.tensors() | {"index": torch.tensor(list(self._built), device=points.x.device)}
+        return {name: gather(tensor) for name, tensor in tensors.items()}
+
+    def put_back(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """See `Source`."""
+        columns = {name: tensor.to(self.family.device) for name, tensor in tensors.items()}
+        indices, n = columns.pop("index").tolist(), self.updates_per_build
+        points = Points(**columns)
+        self._build, self._built = step // n, {i: points[k * n : (k + 1) * n] for k, i in enumerate(indices)}
 
     @torch.no_grad()
     def _fresh(self, steps: Sequence[int], indices: Sequence[int]) -> Points:
@@ -331,6 +354,15 @@ class Bank(Source):
         orders = {turn: self._order(build, turn) for turn in {turn for turn, _ in places}}
         rows = torch.tensor([int(orders[turn][position]) for turn, position in places])
         return points[torch.searchsorted(self._serving(build), rows).to(points.x.device)]
+
+    def in_use(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """See `Source`; every process has the whole bank, and nothing is gathered."""
+        return self._built[1].tensors() if self._built else {}
+
+    def put_back(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """See `Source`."""
+        points = Points(**{name: tensor.to(self.family.device) for name, tensor in tensors.items()})
+        self._built = step // self.updates_per_build, points
 
     def _order(self, build: int, turn: int) -> Tensor:
         """The order in which pass `turn` over a build takes its points."""

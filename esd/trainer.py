@@ -202,11 +202,7 @@ def _train(
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-    passes = [
-        sample_indices(plan, micro, accelerator.process_index, accelerator.num_processes)
-        for micro in range(plan.gradient_accumulation)
-    ]
-    first, earlier, filler = resume(run_dir / "state", views, adam, identity, erasing, passes)
+    first, earlier = resume(run_dir / "state", views, adam, identity, erasing)
     if first:
         accelerator.print(f"resuming after update {first} of {plan.updates}")
     log = Log(run_dir / "metrics.jsonl", first, plan.updates, enabled=accelerator.is_main_process)
@@ -217,12 +213,11 @@ def _train(
 
     with log, termination() as stopping:
         for step in range(first, plan.updates):
-            if plan.sampler == "student" and erasing.updates_per_build > 1 and erasing.begins(step):
-                filler = views.values()  # resuming while these points serve needs the student that drew them
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
             losses = torch.zeros(2, device=accelerator.device)  # erase, preserve
-            for micro, indices in enumerate(passes):
+            for micro in range(plan.gradient_accumulation):
+                indices = sample_indices(plan, micro, accelerator.process_index, accelerator.num_processes)
                 erase = erasing.points(step, indices)
                 keep = preserving.points(step, indices) if preserving else None
                 last = micro == plan.gradient_accumulation - 1
@@ -255,8 +250,11 @@ def _train(
             accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step + 1)
             stop = largest(accelerator, stopping())  # the signal that any process got, or 0
             if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
+                in_use: Mapping[str, Tensor] = {}
+                if plan.sampler == "student" and not erasing.begins(step + 1):
+                    in_use = erasing.in_use(accelerator.gather)  # the student that drew them is no more
                 if accelerator.is_main_process:
-                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), filler))
+                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), in_use))
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes", stop)
@@ -375,64 +373,48 @@ def state(
     adam: torch.optim.Adam,
     identity: Mapping[str, Any],
     seconds: float,
-    filler: Mapping[str, Tensor] | None,
+    in_use: Mapping[str, Tensor],
 ) -> State:
     """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent.
 
-    And, where points drawn by the student serve several updates, the weights it had when it drew them.
+    And, where points that the student drew serve further updates, these points.
     """
     moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in views.named_parameters().items():
         for moment, tensors in moments.items():
             tensors[name] = adam.state[parameter][moment]
     groups: dict[str, Mapping[str, Tensor]] = {"student": views.values(), **moments}
-    if filler:
-        groups["filler"] = filler
+    if in_use:
+        groups["points"] = in_use
     return State(step, groups, {"identity": identity, "seconds": seconds})
 
 
 def resume(
-    folder: Path,
-    views: Views,
-    adam: torch.optim.Adam,
-    identity: Mapping[str, Any],
-    erasing: Source,
-    passes: Sequence[Sequence[int]],
-) -> tuple[int, float, Mapping[str, Tensor] | None]:
-    """Puts the newest valid state into the student and Adam, and draws again the points that were in use.
-
-    Args:
-        folder: of the states.
-        views: of the student.
-        adam: its optimiser.
-        identity: what the state must be of.
-        erasing: whose points the student may have drawn.
-        passes: sample indices of each forward pass of this process.
+    folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
+) -> tuple[int, float]:
+    """Puts the newest valid state into the student, Adam and the source of points that the student drew.
 
     Returns:
-        (updates done, seconds spent, the weights that drew the points in use if needed); zeros where no state is.
+        (updates done, seconds spent); zeros where no state is.
 
     Raises:
         UserError: the state is of another plan, base, number of processes or mixed precision.
     """
     saved = load_state(folder)
     if saved is None:
-        return 0, 0.0, None
+        return 0, 0.0
     if saved.facts["identity"] != identity:
         raise UserError(
             f"{folder} holds the state of another plan, base, number of processes or mixed precision; "
             "choose another run_dir, or remove it"
         )
-    filler = saved.tensors.get("filler")
-    if filler and not erasing.begins(saved.step):
-        views.load_values(filler)
-        for indices in passes:
-            erasing.points(saved.step, indices)
+    if in_use := saved.tensors.get("points"):
+        erasing.put_back(saved.step, in_use)
     views.load_values(saved.tensors["student"])
     for name, parameter in views.named_parameters().items():
         moments = {moment: saved.tensors[moment][name].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
         adam.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
-    return saved.step, float(saved.facts["seconds"]), filler
+    return saved.step, float(saved.facts["seconds"])
 
 
 def provenance(

@@ -316,6 +316,21 @@ def test_points_serve_as_many_updates_as_they_may_and_then_the_student_draws_ane
     assert not torch.equal(after.x, steps[2].x) and torch.equal(after.t, steps[2].t)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_points_in_use_are_put_back_into_another_sitting(tiny_family: Family, make: Any) -> None:
+    c = conditions(tiny_family)
+    first, second, later = (make(tiny_family, c, sampling()) for _ in range(3))
+    drawn = first.points(3, range(5)), second.points(3, range(5, 8))  # two processes
+    if make in (bank, students_bank):
+        told = first.in_use(lambda tensor: tensor)
+    else:
+        others = iter(second.in_use(lambda tensor: tensor).values())
+        told = first.in_use(lambda tensor: torch.cat([tensor, next(others)]))
+    later.sampler = None  # so that nothing can be drawn
+    later.put_back(3, {name: tensor.clone() for name, tensor in told.items()})
+    same(later.points(3, range(8)), Points.cat(drawn), atol=0, rtol=0)
+
+
 def test_the_points_of_several_updates_are_those_of_each_but_drawn_at_once(tiny_family: Family) -> None:
     c, one, many = conditions(tiny_family), Counting(tiny_family), Counting(tiny_family)
     anew = on_policy(tiny_family, c, sampling(), one)

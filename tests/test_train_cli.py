@@ -349,8 +349,12 @@ def test_ctrl_c_ends_in_one_line_and_a_state_to_go_on_from(command: Command) -> 
 
 
 @pytest.mark.slow(reason="starts two Pythons of its own, which import torch")
-def test_two_processes_train_what_one_would_into_one_directory(command: Command) -> None:
-    settings = ("concepts=[cat]", *FAST, "training.lr=1e-4", "prompts=['{}','a {}']")
+@pytest.mark.parametrize(
+    "sampling", [(), ("trajectory=on_policy", "trajectory.staleness=2")], ids=["bank", "stale student"]
+)
+def test_two_processes_train_what_one_would_into_one_directory(command: Command, sampling: tuple[str, ...]) -> None:
+    told = ("training.lr=1e-4", "training.save_every=1", "prompts=['{}','a {}']")
+    settings = ("concepts=[cat]", *(word for word in FAST if "rollouts" not in word), *sampling, *told)
     assert command("train", *settings, "training.batch_size=6", "run_dir=runs/one").code == 0
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "esd.train")
     process = started(command, *launch, *settings, "training.batch_size=3", "run_dir=runs/two")

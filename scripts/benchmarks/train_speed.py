@@ -69,6 +69,7 @@ class Work:
     selection: str = "esd_u"
     batch: int = 16
     steps: int = 50
+    max_batch: int = 32
     guidance: float = 3.0
     eta: float = 2.0
     lr: float = 1e-4
@@ -170,7 +171,7 @@ def plan_of(work: Work, variant: Variant, updates: int, seed: int) -> TrainPlan:
     """What our trainer is told to do the same work."""
     path = TrajectoryConfig(
         sampler=variant.sampler, num_steps=work.steps, guidance_scale=work.guidance, rollouts=variant.rollouts,
-        reuse=variant.reuse, staleness=variant.staleness,
+        reuse=variant.reuse, staleness=variant.staleness, max_batch=work.max_batch,
     )  # fmt: skip
     training = TrainingConfig(updates=updates, batch_size=work.batch, lr=work.lr, clip_norm=0.0, save_every=0)
     config = TrainConfig(
@@ -335,6 +336,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("selection", Work.selection, "parameters trained")
     add("batch", Work.batch, "points of an update")
     add("steps", Work.steps, "of the sampler")
+    add("max-batch", Work.max_batch, "most rows in a call of our sampler; the plain loop's have twice the batch")
     add("reuse", [1, 4, 8], "how often a point of the frozen bank serves", nargs="+")
     add("staleness", [1, 8], "updates that points by the student serve", nargs="+")
     add("rollouts", 24, "in the frozen bank")
@@ -351,7 +353,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Measure and print."""
     asked = arguments(given)
-    work = Work(asked.model, asked.device, asked.concept, asked.selection, asked.batch, asked.steps)
+    work = Work(asked.model, asked.device, asked.concept, asked.selection, asked.batch, asked.steps, asked.max_batch)
     every = variants(asked.rollouts, asked.student_rollouts, asked.reuse, asked.staleness)
     if asked.memory_of:
         print(memory(work, next(v for v in every if v.name == asked.memory_of)))
