@@ -23,6 +23,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
+STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
 
 
@@ -140,11 +141,16 @@ class TrajectoryConfig:
     )
     rollouts: int = option(
         24,
-        "whole rollouts in the bank; 0 keeps no bank and rolls out anew for every update. With "
-        "sampler=student a bank is as stale as it is large",
+        "whole rollouts in the bank; 0 keeps no bank and rolls out anew for every update",
         at_least=0,
     )
     reuse: int = option(8, "how often a point of the bank is used before the bank is built anew", at_least=1)
+    staleness: int | None = option(
+        None,
+        "updates that points drawn by the student serve, with or without a bank, before it draws anew; null is 1 "
+        f"without a bank and {STALENESS} with one",
+        at_least=1,
+    )
     max_batch: int = option(64, "most rows in one call of the denoiser while sampling", at_least=2)
 
 
@@ -264,6 +270,7 @@ class TrainConfig:
                 f"rate would never be reached; allowed: 0 to {self.training.updates - 1}"
             )
         check_time_rule(self.trajectory)
+        check_staleness(self.trajectory)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the concepts."""
@@ -416,6 +423,16 @@ def check_time_rule(trajectory: TrajectoryConfig) -> None:
             f"trajectory.time_rule={trajectory.time_rule} with trajectory.scheduler={trajectory.scheduler} and "
             f"trajectory.num_steps={trajectory.num_steps}: it relabels DDIM's times; use trajectory.scheduler=ddim and "
             "at least 3 steps, or trajectory.time_rule=visited"
+        )
+
+
+def check_staleness(trajectory: TrajectoryConfig) -> None:
+    """Raises UserError where points that never grow stale are given a limit."""
+    if trajectory.sampler == "teacher" and trajectory.staleness is not None:
+        raise UserError(
+            f"trajectory.staleness={trajectory.staleness} with trajectory.sampler=teacher: points of the frozen base "
+            "never grow stale; set trajectory.sampler=student, or leave staleness out (trajectory.reuse says how often "
+            "a bank's points are used)"
         )
 
 

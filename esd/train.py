@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from esd.config import EvaluationConfig, TrainConfig
+from esd.config import STALENESS, EvaluationConfig, TrainConfig
 from esd.errors import UserError
 from esd.main import EXIT_SIGNAL, run_program
 from esd.model import check, find_device, load
@@ -283,6 +283,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     named = vocabulary.targets(config.concepts) if vocabulary else []
     erased = vocabulary.targets(config.concepts, config.erase_from) if vocabulary else []
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
+    staleness = path.staleness or (STALENESS if path.rollouts else 1)
     weights, training = config.weights, dataclasses.asdict(config.training)
     del training["mixed_precision"]  # the accelerator's
     return TrainPlan(
@@ -308,6 +309,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         sample_with=path.sample_with,
         rollouts=path.rollouts,
         reuse=path.reuse,
+        staleness=staleness if path.sampler == "student" else None,
         seed=config.seed,
         **training | {"betas": tuple(config.training.betas)},
     )

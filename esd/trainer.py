@@ -38,8 +38,6 @@ from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Sampling, Sourc
 from esd.storage import State, load_state, save_state
 from esd.weights import Views, WeightViews
 
-MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
-
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C came between two updates: the state is saved, the same command resumes.
@@ -69,8 +67,9 @@ class TrainPlan:
         sampling: how x_t is drawn.
         sampler: who draws it, the "student" (the paper) or the "teacher".
         sample_with: prompt of the rollouts where erase_from is set.
-        rollouts: in the bank; 0 rolls out anew for every update.
+        rollouts: in the bank; 0 keeps none and rolls out anew.
         reuse: of a point in the bank.
+        staleness: updates that points drawn by the student serve; None where the teacher draws them.
         updates: optimizer steps.
         batch_size: points per forward pass and process.
         gradient_accumulation: forward passes per update.
@@ -83,8 +82,8 @@ class TrainPlan:
         seed: of every draw.
 
     Raises:
-        UserError: prompts to erase from without the anchor "erase_from", or the other way round; a prompt is both
-            trained on and preserved.
+        UserError: prompts to erase from without the anchor "erase_from", or the other way round; the student as
+            sampler without a staleness, or the other way round; a prompt is both trained on and preserved.
     """
 
     concepts: tuple[str, ...]
@@ -100,6 +99,7 @@ class TrainPlan:
     sample_with: Literal["erase_from", "concept"]
     rollouts: int
     reuse: int
+    staleness: int | None
     updates: int
     batch_size: int
     gradient_accumulation: int
@@ -118,6 +118,11 @@ class TrainPlan:
             raise UserError(
                 f"objective.anchor={self.objective.anchor} with erase_from={list(self.erase_from)}; prompts to erase "
                 "from and the anchor erase_from go together"
+            )
+        if (self.sampler == "student") != (self.staleness is not None):
+            raise UserError(
+                f"sampler={self.sampler} with staleness={self.staleness}; points drawn by the student and a staleness, "
+                "such as 1, go together"
             )
         if both := set(self.erase_from or self.prompts) & set(self.preserve):
             raise UserError(
@@ -197,7 +202,7 @@ def _train(
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-    first, earlier, filler = resume(run_dir / "state", views, adam, identity, erasing)
+    first, earlier = resume(run_dir / "state", views, adam, identity, erasing)
     if first:
         accelerator.print(f"resuming after update {first} of {plan.updates}")
     log = Log(run_dir / "metrics.jsonl", first, plan.updates, enabled=accelerator.is_main_process)
@@ -208,8 +213,6 @@ def _train(
 
     with log, termination() as stopping:
         for step in range(first, plan.updates):
-            if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.begins(step):
-                filler = views.values()  # resuming amid this build needs the student that rolled it out
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
             losses = torch.zeros(2, device=accelerator.device)  # erase, preserve
@@ -247,8 +250,11 @@ def _train(
             accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step + 1)
             stop = largest(accelerator, stopping())  # the signal that any process got, or 0
             if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
+                in_use: Mapping[str, Tensor] = {}
+                if plan.sampler == "student" and not erasing.begins(step + 1):
+                    in_use = erasing.in_use(accelerator.gather)  # the student that drew them is no more
                 if accelerator.is_main_process:
-                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), filler))
+                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), in_use))
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes", stop)
@@ -276,9 +282,8 @@ def point_sources(
     Preserved points are always the teacher's, and so is all they say: they are what must not change.
 
     Raises:
-        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, the student would
-            fill a bank that lasts more than `MOST_STALE` updates, or the model knows no such null prompt or
-            embedded guidance.
+        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the model knows no
+            such null prompt or embedded guidance.
     """
     objective, told = plan.objective, plan.objective.embedded_guidance
     if told != 1 and family.guidance != "distilled":
@@ -294,35 +299,23 @@ def point_sources(
 
     per_update = plan.batch_size * plan.gradient_accumulation * num_processes
 
-    def source(conditions: Conditions, sampler: Any, seed: int, wanted: Collection[Anchor] = ALL) -> Source:
+    def source(conditions: Conditions, by: str, seed: int, wanted: Collection[Anchor] = ALL) -> Source:
         how: Any = {"per_update": per_update, "seed": seed, "wanted": wanted}
         if not plan.rollouts:
-            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, **how)
-        return Bank(
-            family,
-            teacher,
-            conditions,
-            plan.sampling,
-            rollouts=plan.rollouts,
-            reuse=plan.reuse,
-            sampler=None if sampler is teacher else sampler,
-            **how,
-        )
+            sampler = student if by == "student" else teacher
+            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, staleness=plan.staleness or 1, **how)
+        if by == "student":
+            how |= {"sampler": student, "staleness": plan.staleness}
+        return Bank(family, teacher, conditions, plan.sampling, rollouts=plan.rollouts, reuse=plan.reuse, **how)
 
     erase_from = encoded(plan.erase_from) if plan.erase_from else None
     conditions = Conditions(encoded(plan.prompts), null, erase_from, plan.sample_with, negative)
-    erasing = source(conditions, student if plan.sampler == "student" else teacher, plan.seed)
-    if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.updates_per_build > MOST_STALE:
-        raise UserError(
-            f"trajectory.sampler=student with trajectory.rollouts={plan.rollouts}: the bank would last "
-            f"{erasing.updates_per_build} updates and the student outgrow it; allowed: up to {MOST_STALE}; set "
-            "trajectory.rollouts=0, which rolls out anew for every update, or fewer rollouts or reuse"
-        )
+    erasing = source(conditions, plan.sampler, plan.seed)
     if not plan.preserve:
         return erasing, None
     kept = Conditions(encoded(plan.preserve), null, negative=negative)
     itself: tuple[Anchor, ...] = ("concept",)  # here the prompt to preserve
-    return erasing, source(kept, teacher, seeding.derive(plan.seed, "preserve"), wanted=itself)
+    return erasing, source(kept, "teacher", seeding.derive(plan.seed, "preserve"), wanted=itself)
 
 
 def loss_terms(
@@ -380,50 +373,48 @@ def state(
     adam: torch.optim.Adam,
     identity: Mapping[str, Any],
     seconds: float,
-    filler: Mapping[str, Tensor] | None,
+    in_use: Mapping[str, Tensor],
 ) -> State:
     """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent.
 
-    And, where the student fills the bank, the weights it had when it filled the one in use.
+    And, where points that the student drew serve further updates, these points.
     """
     moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in views.named_parameters().items():
         for moment, tensors in moments.items():
             tensors[name] = adam.state[parameter][moment]
     groups: dict[str, Mapping[str, Tensor]] = {"student": views.values(), **moments}
-    if filler:
-        groups["filler"] = filler
+    if in_use:
+        groups["points"] = in_use
     return State(step, groups, {"identity": identity, "seconds": seconds})
 
 
 def resume(
     folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
-) -> tuple[int, float, Mapping[str, Tensor] | None]:
-    """Puts the newest valid state into the student, Adam and a bank that the student filled.
+) -> tuple[int, float]:
+    """Puts the newest valid state into the student, Adam and the source of points that the student drew.
 
     Returns:
-        (updates done, seconds spent, the weights that filled the bank if there are any); zeros where no state is.
+        (updates done, seconds spent); zeros where no state is.
 
     Raises:
         UserError: the state is of another plan, base, number of processes or mixed precision.
     """
     saved = load_state(folder)
     if saved is None:
-        return 0, 0.0, None
+        return 0, 0.0
     if saved.facts["identity"] != identity:
         raise UserError(
             f"{folder} holds the state of another plan, base, number of processes or mixed precision; "
             "choose another run_dir, or remove it"
         )
-    filler = saved.tensors.get("filler")
-    if filler and isinstance(erasing, Bank) and not erasing.begins(saved.step):
-        views.load_values(filler)
-        erasing.points(saved.step, [0])  # builds it
+    if in_use := saved.tensors.get("points"):
+        erasing.put_back(saved.step, in_use)
     views.load_values(saved.tensors["student"])
     for name, parameter in views.named_parameters().items():
         moments = {moment: saved.tensors[moment][name].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
         adam.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
-    return saved.step, float(saved.facts["seconds"]), filler
+    return saved.step, float(saved.facts["seconds"])
 
 
 def provenance(
@@ -467,10 +458,6 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     selection = chosen.describe().replace("\n", f"\n{'':11}")
     points = plan.batch_size * plan.gradient_accumulation * num_processes
     shared = f" in {num_processes} processes" if num_processes > 1 else ""
-    anew = "anew for every update"
-    bank = f"a bank of {plan.rollouts} rollouts, each point used up to {plan.reuse} times"
-    if plan.sampler == "student" and isinstance(erasing, Bank):
-        bank += f", up to {erasing.updates_per_build - 1} updates stale"
     cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
     _, height, width = family.latent_shape(sampling.size)
     revision = f" at {family.base_revision}" if family.base_revision else ""
@@ -491,7 +478,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
         "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
         "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps {guidance}, "
-        f"latents {height} x {width}, {bank if plan.rollouts else anew}",
+        f"latents {height} x {width}, {served(erasing, plan, points)}",
         "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
     }
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
@@ -509,6 +496,20 @@ def adapter(family: Family, names: Sequence[str], how: Lora) -> str:
     left = f"; {len(names) - beside} biases, norms and embeddings stay" if beside < len(names) else ""
     values = lora.size(family.denoiser, names, how.rank)
     return f"LoRA of rank {how.rank}, alpha {how.alpha:g}, beside {beside} matrices: {values:,} values{left}"
+
+
+def served(source: Source, plan: TrainPlan, per_update: int) -> str:
+    """How many updates points serve, and of a bank how many of its points and how often."""
+    updates = source.updates_per_build
+    anew = f"anew for every {updates} updates" if updates > 1 else "anew for every update"
+    if not isinstance(source, Bank):
+        return anew
+    draws = updates * per_update
+    part = f"{draws} of its {source.size} points used once"
+    if draws >= source.size:
+        part = f"each of its {source.size} points used up to {math.ceil(draws / source.size)} times"
+    bank = f"a bank of {plan.rollouts} rollouts, {part}"
+    return f"{bank}, {anew}" if plan.sampler == "student" else bank
 
 
 def used(source: Source, texts: Sequence[str], updates: int) -> str:

@@ -21,6 +21,7 @@ PLAN = TrainPlan(
     objective=Objective(),
     sampling=SAMPLING,
     sampler="teacher",
+    staleness=None,
     sample_with="erase_from",
     rollouts=3,
     reuse=2,
