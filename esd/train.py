@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from esd.evaluation.judges import Judge
     from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
-    from esd.trainer import TrainPlan
+    from esd.plan import TrainPlan
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def train(config: TrainConfig) -> int:
     tracker = tracker_arguments(config.tracker, run.path)
     check(config.model)
     from esd import selection
+    from esd.description import describe
     from esd.evaluation.vocabulary import Vocabulary
-    from esd.trainer import describe
 
     # All that can be wrong without the base's weights is told before these are loaded.
     selection.check(config.selection)
@@ -270,8 +270,8 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     from esd.evaluation.vocabulary import expand_prompts, in_turns
     from esd.lora import Lora
     from esd.objectives import Objective
+    from esd.plan import TrainPlan
     from esd.sources import Sampling
-    from esd.trainer import TrainPlan
 
     def filled(concepts: list[str]) -> tuple[str, ...]:
         templates = [say(template, {"": concept}) for template in config.prompts for concept in concepts]

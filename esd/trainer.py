@@ -23,18 +23,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esd import checkpoint, lora, objectives, seeding
+from esd import checkpoint, objectives, seeding
 from esd.errors import UserError
 from esd.families import Conditioning, Family
-from esd.lora import Lora, LoraViews, LowRank
+from esd.lora import LoraViews, LowRank
 from esd.objectives import Anchor, Objective
+from esd.plan import TrainPlan
 from esd.progress import Log, termination
-from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Sampling, Source
+from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Source
 from esd.storage import State, load_state, save_state
 from esd.weights import Views, WeightViews
 
@@ -51,79 +52,6 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """Everything that decides the erased weights, besides the base; `esd.config` has the defaults.
-
-    Attributes:
-        concepts: what is erased; provenance only, `prompts` is what is trained on.
-        prompts: training prompts that name the concepts; taken in turn, and one may stand several times.
-        erase_from: () or as many prompts: erase the concept only as an attribute of these.
-        preserve: prompts whose prediction should stay; () for none.
-        preserve_weight: of that term.
-        selection: expression for the trained parameters.
-        lora: train an adapter beside them; None trains them themselves.
-        objective: anchor, eta, weighting.
-        sampling: how x_t is drawn.
-        sampler: who draws it, the "student" (the paper) or the "teacher".
-        sample_with: prompt of the rollouts where erase_from is set.
-        rollouts: in the bank; 0 rolls out anew for every update.
-        reuse: of a point in the bank.
-        updates: optimizer steps.
-        batch_size: points per forward pass and process.
-        gradient_accumulation: forward passes per update.
-        lr: learning rate; lr_schedule "constant", "cosine" or "linear" after `warmup` updates.
-        betas: of Adam.
-        weight_decay: share of the way back to the base per update, times lr.
-        clip_norm: largest gradient norm, 0 for no limit.
-        gradient_checkpointing: less memory, more time, same gradients.
-        save_every: updates between resumable states, 0 for none but when stopped.
-        seed: of every draw.
-
-    Raises:
-        UserError: prompts to erase from without the anchor "erase_from", or the other way round; a prompt is both
-            trained on and preserved.
-    """
-
-    concepts: tuple[str, ...]
-    prompts: tuple[str, ...]
-    erase_from: tuple[str, ...]
-    preserve: tuple[str, ...]
-    preserve_weight: float
-    selection: str
-    lora: Lora | None
-    objective: Objective
-    sampling: Sampling
-    sampler: Literal["student", "teacher"]
-    sample_with: Literal["erase_from", "concept"]
-    rollouts: int
-    reuse: int
-    updates: int
-    batch_size: int
-    gradient_accumulation: int
-    lr: float
-    lr_schedule: Literal["constant", "cosine", "linear"]
-    warmup: int
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_norm: float
-    gradient_checkpointing: bool
-    save_every: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if bool(self.erase_from) != (self.objective.anchor == "erase_from"):
-            raise UserError(
-                f"objective.anchor={self.objective.anchor} with erase_from={list(self.erase_from)}; prompts to erase "
-                "from and the anchor erase_from go together"
-            )
-        if both := set(self.erase_from or self.prompts) & set(self.preserve):
-            raise UserError(
-                f"preserve.prompts: {min(both)!r} is a training prompt too, so that it would be erased and preserved; "
-                "leave it out of one of them"
-            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +81,7 @@ def train(
         versions: for provenance.
 
     Raises:
-        UserError: see `describe`; the state in run_dir is of another plan or base; or training diverged.
+        UserError: see `esd.description.describe`; the state in run_dir is of another plan or base; or it diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     with student_views(family, plan, accelerator) as views:
@@ -453,72 +381,3 @@ def largest(accelerator: Any, number: int) -> int:
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-
-
-def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
-    """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
-
-    Raises:
-        UserError: the selection matches nothing, no latents have the size asked for, or see `point_sources`.
-    """
-    erasing, preserving = point_sources(family, plan, None, None, num_processes)
-    objective, sampling = plan.objective, plan.sampling
-    chosen = family.select(plan.selection)
-    selection = chosen.describe().replace("\n", f"\n{'':11}")
-    points = plan.batch_size * plan.gradient_accumulation * num_processes
-    shared = f" in {num_processes} processes" if num_processes > 1 else ""
-    anew = "anew for every update"
-    bank = f"a bank of {plan.rollouts} rollouts, each point used up to {plan.reuse} times"
-    if plan.sampler == "student" and isinstance(erasing, Bank):
-        bank += f", up to {erasing.updates_per_build - 1} updates stale"
-    cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
-    _, height, width = family.latent_shape(sampling.size)
-    revision = f" at {family.base_revision}" if family.base_revision else ""
-    guidance = {
-        "cfg": f"at guidance {sampling.guidance_scale:g}" if sampling.guidance_scale > 1 else "without guidance",
-        "distilled": f"told guidance {sampling.guidance_scale:g} "
-        f"(teacher and student: {objective.embedded_guidance:g})",
-        "none": "without guidance",
-    }[family.guidance]
-    lines = {
-        "erase": ", ".join(plan.concepts),
-        "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
-        "train": selection,
-        "adapter": plan.lora and adapter(family, chosen.names, plan.lora),
-        "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
-        "from": listed(plan.erase_from),
-        "preserve": preserving
-        and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
-        "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
-        "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps {guidance}, "
-        f"latents {height} x {width}, {bank if plan.rollouts else anew}",
-        "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
-    }
-    warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
-    warnings += [f"{'mind':<10} {told}" for told in family.advice(sampling.num_steps, sampling.guidance_scale)]
-    return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
-
-
-def adapter(family: Family, names: Sequence[str], how: Lora) -> str:
-    """What an adapter on these parameters trains, and what it leaves as it is.
-
-    Raises:
-        UserError: see `esd.lora.matrices`.
-    """
-    beside = len(lora.matrices(family.denoiser, names))
-    left = f"; {len(names) - beside} biases, norms and embeddings stay" if beside < len(names) else ""
-    values = lora.size(family.denoiser, names, how.rank)
-    return f"LoRA of rank {how.rank}, alpha {how.alpha:g}, beside {beside} matrices: {values:,} values{left}"
-
-
-def used(source: Source, texts: Sequence[str], updates: int) -> str:
-    """How many different prompts the run trains on, where those are not all."""
-    visited, different = {texts[row] for row in source.visited(updates)}, set(texts)
-    return "" if visited == different else f"; uses {len(visited)} of {len(different)} prompts"
-
-
-def listed(texts: Sequence[str], most: int = 6) -> str:
-    """The different texts, the first few spelled out and the rest counted."""
-    different = list(dict.fromkeys(texts))
-    rest = f" and {len(different) - most} more" if len(different) > most else ""
-    return ", ".join(repr(text) for text in different[:most]) + rest

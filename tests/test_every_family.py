@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import esd
 from esd import checkpoint, seeding, trainer
+from esd.description import describe
 from esd.errors import UserError
 from esd.families import Family, family_of, load_pipeline
 from esd.objectives import Objective
@@ -416,16 +417,16 @@ def test_another_negative_prompt_than_the_objectives_is_not_free() -> None:
 def test_only_a_model_distilled_for_it_can_be_told_a_guidance_scale() -> None:
     plan = dataclasses.replace(LONG, objective=Objective(embedded_guidance=3.5))
     with pytest.raises(UserError, match=r"embedded_guidance=3.5: stable-diffusion-xl is not told"):
-        trainer.describe(shared("sdxl"), plan)
-    assert "told guidance 3 (teacher and student: 3.5)" in trainer.describe(shared("flux-dev"), plan)
+        describe(shared("sdxl"), plan)
+    assert "told guidance 3 (teacher and student: 3.5)" in describe(shared("flux-dev"), plan)
 
 
 def test_guidance_that_a_model_does_not_want_is_legal_and_told() -> None:
-    assert "mind" in trainer.describe(shared("sdxl-turbo"), LONG)
-    assert "mind" in trainer.describe(shared("flux-schnell"), LONG)
-    assert "mind" not in trainer.describe(shared("sdxl"), LONG)
+    assert "mind" in describe(shared("sdxl-turbo"), LONG)
+    assert "mind" in describe(shared("flux-schnell"), LONG)
+    assert "mind" not in describe(shared("sdxl"), LONG)
     quiet = dataclasses.replace(LONG, sampling=dataclasses.replace(SAMPLING, num_steps=2, guidance_scale=0.0))
-    told = trainer.describe(shared("sdxl-turbo"), quiet)
+    told = describe(shared("sdxl-turbo"), quiet)
     assert "mind" not in told and "in 2 steps without guidance" in told
 
 
