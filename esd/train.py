@@ -86,7 +86,8 @@ def finish(
         if trained and missing:
             print(f"trained already; measuring, for {missing}")
         if missing:
-            measure(config, family, vocabulary, judge, run, facts)
+            with family.drawing() as pipe:
+                measure(config, pipe, vocabulary, judge, run, facts)
     accelerator.print(f"results are in {run.path}: {FILE_NAME}, summary.json, preview.png, metrics.jsonl")
     return 0
 
@@ -180,7 +181,7 @@ def measured_with(
 
 def measure(
     config: TrainConfig,
-    family: Family,
+    pipe: Any,
     vocabulary: Vocabulary | None,
     judge: Judge | None,
     run: RunDirectory,
@@ -194,7 +195,7 @@ def measure(
     trained = checkpoint.load(run.path)
     wanted = config.evaluation
     rates = evaluate(
-        family.pipe,
+        pipe,
         trained,
         config.concepts,
         vocabulary=vocabulary,

@@ -71,10 +71,12 @@ def train(
     *,
     versions: Mapping[str, str] | None = None,
 ) -> TrainResult:
-    """Trains, and writes `run_dir/erased.safetensors`; the family's model is the base again afterwards.
+    """Trains, and writes `run_dir/erased.safetensors`; the family's model is the base again afterwards, on the CPU.
+
+    The text encoders are on the device while prompts are encoded, and the denoiser from then on: never all at once.
 
     Args:
-        family: of a model on the accelerator's device.
+        family: of a model that works on the accelerator's device.
         plan: what to do.
         run_dir: gets metrics.jsonl, the checkpoint and, while training, state/.
         accelerator: an `accelerate.Accelerator`, its trackers started if there are any.
@@ -84,6 +86,9 @@ def train(
         UserError: see `esd.description.describe`; the state in run_dir is of another plan or base; or it diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
+    family.place("encoders")
+    point_sources(family, plan, None, None, accelerator.num_processes)  # encodes every prompt
+    family.place("denoiser")
     with student_views(family, plan, accelerator) as views:
         return _train(family, plan, views, run_dir, accelerator, versions or {})
 
@@ -103,7 +108,7 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
         if plan.gradient_checkpointing:
             denoiser.disable_gradient_checkpointing()
         views.restore()
-        family.recall_encoders()
+        family.place()
 
 
 def _train(
@@ -116,7 +121,6 @@ def _train(
 ) -> TrainResult:
     """What `train` says, with the model already made trainable."""
     erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
-    family.release_encoders()
     adam = torch.optim.Adam(views.parameters(), lr=plan.lr, betas=plan.betas)
     student, optimizer = accelerator.prepare(views.student, adam)
     identity = {

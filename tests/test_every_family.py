@@ -439,14 +439,33 @@ def test_what_no_text_encoder_reads_is_told(name: str) -> None:
     assert cut and end.strip().endswith(cut)
 
 
-def test_encoders_and_vae_come_back_beside_the_denoiser() -> None:
-    family = make("sd3")
-    family.release_encoders()
-    family.denoiser.to("meta")  # stands in for a card
-    family.recall_encoders()
+@pytest.mark.parametrize("phase", [(), ("encoders",), ("denoiser",), ("denoiser", "vae")])
+def test_what_a_phase_needs_is_on_the_device_and_the_rest_on_the_cpu(phase: tuple[Any, ...]) -> None:
+    pipe = tiny.every("sd3")
+    family = family_of(pipe, "meta")  # stands in for a card
+    family.place(*phase)
+    there = {name for name in ("encoders", "denoiser", "vae") if name in phase}
+    expected = {
+        "encoders": [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3],
+        "denoiser": [pipe.transformer],
+        "vae": [pipe.vae],
+    }
+    for part, modules in expected.items():
+        assert {next(module.parameters()).device.type for module in modules} == {"meta" if part in there else "cpu"}
+
+
+def test_every_part_works_only_in_a_phase_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training goes through them: the encoders, then the denoiser, and never both."""
+    family, now, used = make("flux-dev"), ["all"], []
+    place = family.place
+    monkeypatch.setattr(family, "place", lambda *parts: (place(*parts), now.append(" ".join(parts))))
     pipe = family.pipe
-    parts = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3, pipe.vae)
-    assert {next(part.parameters()).device.type for part in parts} == {"meta"}
+    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: used.append((now[-1], name)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.train(family, dataclasses.replace(LONG, updates=1), tmp_path, Accelerator(cpu=True))
+    assert now == ["all", "encoders", "denoiser", ""]
+    assert set(used) == {("encoders", "text_encoder"), ("encoders", "text_encoder_2"), ("denoiser", "transformer")}
 
 
 def test_the_family_that_the_docs_add_draws_what_its_pipeline_draws() -> None:
