@@ -206,7 +206,10 @@ class TrainConfig:
     run_dir: str | None = option(None, "where results go; null is runs/<concept>")
     seed: int = option(0, "of every random draw", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    plan_only: bool = option(False, "say what would be trained, and stop")
+    device_memory: float | None = option(
+        None, "GB of the card that the plan has to fit, such as 24; null takes the card's own", above=0
+    )
+    plan_only: bool = option(False, "say what would be trained and what memory it takes, and stop")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)

@@ -51,6 +51,8 @@ def train(config: TrainConfig) -> int:
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
             file=sys.stderr,
         )
+    for line in memory_lines(config, family, plan, accelerator):
+        accelerator.print(f"memory     {line}", flush=True)
     if config.plan_only:
         accelerator.print(f"results    would go to {run.path}; plan_only=true, so nothing was trained")
         return 0
@@ -58,6 +60,33 @@ def train(config: TrainConfig) -> int:
     with run.claimed(main=accelerator.is_main_process):
         accelerator.wait_for_everyone()
         return finish(config, family, plan, run, accelerator, vocabulary, judge)
+
+
+def memory_lines(config: TrainConfig, family: Family, plan: TrainPlan, accelerator: Any) -> list[str]:
+    """What the run takes of the device: every phase where only the plan is asked for, else the peak of a card.
+
+    Nothing is said of a run on the CPU: to find out takes seconds, in which a small run would be half done.
+    """
+    import torch
+
+    from esd import memory
+
+    card = config.device_memory
+    if card is None and accelerator.device.type == "cuda":
+        card = torch.cuda.get_device_properties(accelerator.device).total_memory / memory.GB
+    if card is None and not config.plan_only:
+        return []
+    found = memory.measure(
+        family,
+        plan,
+        family.encode(plan.prompts[:1]),
+        mixed_precision=accelerator.mixed_precision,
+        processes=accelerator.num_processes,
+        images=config.evaluation.batch_size,
+        guidance_scale=config.evaluation.guidance_scale,
+    )
+    told = found.verdict(card, plan, family)
+    return [*map(str, found.phases), told] if config.plan_only else [told]
 
 
 def finish(

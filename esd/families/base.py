@@ -132,6 +132,10 @@ class Family(ABC):
         return []
 
     @abstractmethod
+    def modules(self, part: Part) -> list[Any]:
+        """The modules of the pipeline that a part of it is made of."""
+
+    @abstractmethod
     def place(self, *parts: Part) -> None:
         """Puts these parts on `device` and all others on the CPU, those first; prompts encoded so far stay usable."""
 
@@ -152,6 +156,10 @@ class Family(ABC):
         finally:
             self.pipe.remove_all_hooks()
             self.place()
+
+    @abstractmethod
+    def decoded_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of what the VAE decodes to a picture of the model's own size."""
 
     @abstractmethod
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:

@@ -93,7 +93,7 @@ class PipelineFamily(Family):
         One prompt at a time, so that a row does not depend on its batch. What was encoded is kept on the CPU.
         """
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]:
-            for encoder in self._parts("encoders"):
+            for encoder in self.modules("encoders"):
                 encoder.to(self.device)
             with torch.no_grad():
                 self._encoded |= {prompt: self._encode(prompt, self.device).to("cpu") for prompt in new}
@@ -103,8 +103,8 @@ class PipelineFamily(Family):
     def _encode(self, prompt: str, device: torch.device) -> Conditioning:
         """Conditioning of one prompt (1, ...); `device` is that of the text encoders."""
 
-    def _parts(self, part: Part) -> list[Any]:
-        """The modules that a part of the pipeline is made of, those that are there."""
+    def modules(self, part: Part) -> list[Any]:
+        """The modules of the pipeline that a part of it is made of, those that are there."""
         names = {"encoders": self.encoder_names, "denoiser": (self.denoiser_name,), "vae": ("vae",)}[part]
         return [module for name in names if (module := getattr(self.pipe, name)) is not None]
 
@@ -112,11 +112,16 @@ class PipelineFamily(Family):
         """Puts these parts on `device` and all others on the CPU, those first; prompts encoded so far stay usable."""
         for part in get_args(Part):
             if part not in parts:
-                for module in self._parts(part):
+                for module in self.modules(part):
                     module.to("cpu")
         for part in parts:
-            for module in self._parts(part):
+            for module in self.modules(part):
                 module.to(self.device)
+
+    def decoded_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of what the VAE decodes to a picture of the model's own size."""
+        height, width = (edge * self.pixels_per_latent // self.pipe.vae_scale_factor for edge in self.sample_shape[1:])
+        return self.pipe.vae.config.latent_channels, height, width
 
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square pictures; see `Family.latent_shape`."""
