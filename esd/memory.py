@@ -36,6 +36,7 @@ from esd import objectives
 from esd.families import Conditioning, Family
 from esd.lora import LoraViews
 from esd.plan import TrainPlan
+from esd.trainer import LEAST_8BIT
 from esd.trajectory import times
 from esd.weights import Views, WeightViews
 
@@ -101,6 +102,7 @@ def smaller(phase: str, plan: TrainPlan, family: Family) -> list[str]:
         (phase == "train" and plan.lora is None, "weights=lora"),
         (phase == "train" and plan.lora is None, "a narrower selection"),
         (phase == "sample" and plan.sampling.max_batch > 2, "a smaller trajectory.max_batch"),
+        (phase in ("sample", "train") and plan.optimizer == "adam", "training.optimizer=adam8bit"),
         (phase in ("sample", "train") and plan.rollouts > 1, "fewer trajectory.rollouts"),
         (phase in ("sample", "train"), "a smaller trajectory.size"),
         (phase == "draw", "a smaller evaluation.batch_size"),
@@ -147,7 +149,7 @@ def measure(
         "frozen weights": denoiser - selected,
         "trained weights": 4 * trained,
         "their base": copies,
-        "Adam's moments": 8 * trained,
+        "Adam's moments": moments(plan, model.views.parameters()),
     }
     kept, making = points(family, plan, cond)
     keeps_gradients = plan.rollouts == 0 and plan.gradient_accumulation > 1
@@ -182,6 +184,14 @@ def weights(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(map(_size, tensors))
+
+
+def moments(plan: TrainPlan, parameters: Iterable[Tensor]) -> int:
+    """Bytes of Adam's two moments: float32, or a byte each and a scale for every 256 of them."""
+    if plan.optimizer == "adam":
+        return sum(8 * parameter.numel() for parameter in parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    return sum(2 * (n + 4 * math.ceil(n / 256) + 4 * 256) if n >= LEAST_8BIT else 8 * n for n in sizes)
 
 
 def points(family: Family, plan: TrainPlan, cond: Conditioning) -> tuple[int, int]:

@@ -38,7 +38,9 @@ class TrainPlan:
         betas: of Adam.
         weight_decay: share of the way back to the base per update, times lr.
         clip_norm: largest gradient norm, 0 for no limit.
+        optimizer: "adam", or "adam8bit" with its moments in 8 bits.
         gradient_checkpointing: less memory, more time, same gradients.
+        compile: compile the blocks that repeat in the denoiser, for speed.
         save_every: updates between resumable states, 0 for none but when stopped.
         seed: of every draw.
 
@@ -69,7 +71,9 @@ class TrainPlan:
     betas: tuple[float, float]
     weight_decay: float
     clip_norm: float
+    optimizer: Literal["adam", "adam8bit"]
     gradient_checkpointing: bool
+    compile: bool
     save_every: int
     seed: int
 

@@ -40,6 +40,8 @@ from esd.storage import State, load_state, save_state
 from esd.weights import Views, WeightViews
 
 MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
+LEAST_8BIT = 4096  # values of a tensor whose moments 8-bit Adam keeps in 8 bits
+ADAM = "adam."  # before what Adam remembers, in the names of a state's files
 
 
 class Stopped(Exception):
@@ -83,7 +85,8 @@ def train(
         versions: for provenance.
 
     Raises:
-        UserError: see `esd.description.describe`; the state in run_dir is of another plan or base; or it diverged.
+        UserError: see `esd.description.describe`, `student_views` and `make_adam`; the state in run_dir is of another
+            plan or base; or training diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     family.place("encoders")
@@ -95,18 +98,32 @@ def train(
 
 @contextmanager
 def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views]:
-    """The family's model as student and teacher, for the length of a `with` block; the base again on any exit."""
+    """The family's model as student and teacher, for the length of a `with` block; the base again on any exit.
+
+    Raises:
+        UserError: blocks are to be compiled, and diffusers knows none in this denoiser.
+    """
     denoiser: Any = family.denoiser
     names = family.select(plan.selection).names
+    if plan.compile and not getattr(denoiser, "_repeated_blocks", None):
+        raise UserError(
+            f"training.compile=true: diffusers names no blocks of {type(denoiser).__name__} to compile; set "
+            "training.compile=false"
+        )
     views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names)
     try:
         if plan.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+        if plan.compile:
+            denoiser.compile_repeated_blocks()
         yield views
     finally:
         accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)  # takes autocast off the model's forward
         if plan.gradient_checkpointing:
             denoiser.disable_gradient_checkpointing()
+        if plan.compile:
+            for module in denoiser.modules():
+                module._compiled_call_impl = None  # what nn.Module.compile sets, and offers no way back from
         views.restore()
         family.place()
 
@@ -121,7 +138,7 @@ def _train(
 ) -> TrainResult:
     """What `train` says, with the model already made trainable."""
     erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
-    adam = torch.optim.Adam(views.parameters(), lr=plan.lr, betas=plan.betas)
+    adam = make_adam(plan, views.parameters())
     student, optimizer = accelerator.prepare(views.student, adam)
     identity = {
         "plan": json.loads(json.dumps(asdict(plan))),
@@ -129,7 +146,7 @@ def _train(
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-    first, earlier, filler = resume(run_dir / "state", views, adam, identity, erasing)
+    first, earlier, filler = resume(run_dir / "state", views, adam, accelerator.scaler, identity, erasing)
     if first:
         accelerator.print(f"resuming after update {first} of {plan.updates}")
     log = Log(run_dir / "metrics.jsonl", first, plan.updates, enabled=accelerator.is_main_process)
@@ -158,6 +175,8 @@ def _train(
             norm = accelerator.clip_grad_norm_(views.parameters(), plan.clip_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
+            if optimizer.step_was_skipped:  # fp16 overflowed and the scaler backs off: nothing moved, by no gradient
+                norm = torch.zeros(())
             moved = views.pull(learning_rate(plan, step) * plan.weight_decay)
             erase_loss, preserve_loss = accelerator.reduce(losses, "mean").tolist()
             metrics = {
@@ -180,7 +199,8 @@ def _train(
             stop = largest(accelerator, stopping())  # the signal that any process got, or 0
             if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
                 if accelerator.is_main_process:
-                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), filler))
+                    done = state(step + 1, views, adam, accelerator.scaler, identity, spent(), filler)
+                    save_state(run_dir / "state", done)
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes", stop)
@@ -306,32 +326,63 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     return plan.lr * shape[plan.lr_schedule]
 
 
+def make_adam(plan: TrainPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam, its moments float32, or in 8 bits for every tensor of 4096 values and more.
+
+    Raises:
+        UserError: no tensor is as large, so that 8 bits would change nothing.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022 (bitsandbytes).
+    """
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=plan.lr, betas=plan.betas)
+    from bitsandbytes.optim import Adam8bit
+
+    if all(parameter.numel() < LEAST_8BIT for parameter in parameters):
+        raise UserError(
+            f"training.optimizer=adam8bit changes nothing: no trained tensor has {LEAST_8BIT} values; set "
+            "training.optimizer=adam"
+        )
+    return Adam8bit(parameters, lr=plan.lr, betas=plan.betas, min_8bit_size=LEAST_8BIT)
+
+
 def state(
     step: int,
     views: Views,
-    adam: torch.optim.Adam,
+    adam: torch.optim.Optimizer,
+    scaler: Any,
     identity: Mapping[str, Any],
     seconds: float,
     filler: Mapping[str, Tensor] | None,
 ) -> State:
-    """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent.
+    """What resuming after `step` updates needs: the student's weights, all that Adam and fp16's scaler know, the time
+    spent.
 
     And, where the student fills the bank, the weights it had when it filled the one in use.
     """
-    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    groups: dict[str, dict[str, Tensor]] = {"student": views.values()}
+    stepped = 0
     for name, parameter in views.named_parameters().items():
-        for moment, tensors in moments.items():
-            tensors[name] = adam.state[parameter][moment]
-    groups: dict[str, Mapping[str, Tensor]] = {"student": views.values(), **moments}
+        for fact, value in adam.state[parameter].items():
+            if fact == "step":
+                stepped = int(value)
+            else:
+                groups.setdefault(ADAM + fact, {})[name] = value.to("cpu", copy=True)  # some are shared
     if filler:
-        groups["filler"] = filler
-    return State(step, groups, {"identity": identity, "seconds": seconds})
+        groups["filler"] = dict(filler)
+    scale = scaler.state_dict() if scaler else None
+    return State(step, groups, {"identity": identity, "seconds": seconds, "stepped": stepped, "scaler": scale})
 
 
 def resume(
-    folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
+    folder: Path,
+    views: Views,
+    adam: torch.optim.Optimizer,
+    scaler: Any,
+    identity: Mapping[str, Any],
+    erasing: Source,
 ) -> tuple[int, float, Mapping[str, Tensor] | None]:
-    """Puts the newest valid state into the student, Adam and a bank that the student filled.
+    """Puts the newest valid state into the student, Adam, fp16's scaler and a bank that the student filled.
 
     Returns:
         (updates done, seconds spent, the weights that filled the bank if there are any); zeros where no state is.
@@ -352,9 +403,14 @@ def resume(
         views.load_values(filler)
         erasing.points(saved.step, [0])  # builds it
     views.load_values(saved.tensors["student"])
+    stepped = saved.facts["stepped"]  # fewer than updates where fp16 overflowed
+    facts = {group.removeprefix(ADAM): found for group, found in saved.tensors.items() if group.startswith(ADAM)}
     for name, parameter in views.named_parameters().items():
-        moments = {moment: saved.tensors[moment][name].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
-        adam.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
+        if known := {fact: found[name].to(parameter.device) for fact, found in facts.items() if name in found}:
+            step = torch.tensor(float(stepped)) if isinstance(adam, torch.optim.Adam) else stepped  # one for each
+            adam.state[parameter] = {"step": step, **known}
+    if scaler:
+        scaler.load_state_dict(saved.facts["scaler"])
     return saved.step, float(saved.facts["seconds"]), filler
 
 

@@ -32,7 +32,9 @@ PLAN = TrainPlan(
     betas=(0.9, 0.999),
     weight_decay=0.0,
     clip_norm=1.0,
+    optimizer="adam",
     gradient_checkpointing=False,
+    compile=False,
     save_every=0,
     seed=0,
 )

@@ -131,6 +131,17 @@ class Family(ABC):
             return [f"guidance_scale={guidance_scale:g} changes nothing: {self.name} takes no guidance"]
         return []
 
+    def channels_last(self) -> None:
+        """Lays the weights of the denoiser and the VAE out as convolutions on cards like them.
+
+        Raises:
+            UserError: the denoiser convolves nothing to speak of.
+        """
+        raise UserError(
+            f"training.channels_last=true: {type(self.denoiser).__name__} has no convolutions that it would speed up; "
+            "set training.channels_last=false"
+        )
+
     @abstractmethod
     def modules(self, part: Part) -> list[Any]:
         """The modules of the pipeline that a part of it is made of."""
