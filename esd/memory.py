@@ -131,7 +131,7 @@ def measure(
         images: pictures drawn in one call afterwards, 0 for none.
         guidance_scale: of these pictures.
     """
-    names = family.select(plan.selection).names
+    names, cond = family.select(plan.selection).names, cond.to(dtype=family.dtype)
     latents = family.latent_shape(plan.sampling.size)
     guided = family.guidance == "cfg"
     rows = 2 if guided and plan.sampling.guidance_scale > 1 else 1
@@ -304,7 +304,7 @@ def _stand_in(
         student.enable_gradient_checkpointing()
     with FakeTensorMode():
         _make_fake(student)
-        told = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in cond.to(dtype=family.dtype).tensors.items()}
+        told = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in cond.tensors.items()}
         yield StandIn(
             family,
             views,

@@ -41,6 +41,7 @@ from esd.weights import Views, WeightViews
 
 MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
 LEAST_8BIT = 4096  # values of a tensor whose moments 8-bit Adam keeps in 8 bits
+MOST_VERSIONS = 64  # of a compiled block; past them dynamo runs it as it is
 ADAM = "adam."  # before what Adam remembers, in the names of a state's files
 
 
@@ -116,7 +117,9 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
             denoiser.enable_gradient_checkpointing()
         if plan.compile:
             denoiser.compile_repeated_blocks()
-        yield views
+        # every size of latents and of batch makes a version of a block, student and teacher another: dynamo keeps 8
+        with torch._dynamo.config.patch(recompile_limit=MOST_VERSIONS) if plan.compile else nullcontext():
+            yield views
     finally:
         accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)  # takes autocast off the model's forward
         if plan.gradient_checkpointing:

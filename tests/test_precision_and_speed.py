@@ -144,7 +144,7 @@ def test_compiled_blocks_learn_the_same_and_are_taken_off(tmp_path: Path, change
         patched.setattr(nn.Module, "compile", counted)
         fast = run(tmp_path / "fast", dataclasses.replace(plan, compile=True), None, pipe)
     assert set(compiled) == {"BasicTransformerBlock"}
-    assert all(torch.allclose(fast[name], usual[name], atol=2e-5) for name in usual)
+    assert all(torch.allclose(fast[name], usual[name], atol=1e-4) for name in usual)  # after 4 updates of 1e-3
     assert all(module._compiled_call_impl is None for module in pipe.unet.modules())
 
 
