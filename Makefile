@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "no Python >= 3.11 found; name one: make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@[ -z "$(TORCH_INDEX)" ] || $(BIN)/python -m pip install --quiet -c constraints.txt -i "$(TORCH_INDEX)" torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,emoji,tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,emoji,tensorboard,8bit]'
 	@touch $@
 
 .PHONY: venv

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -167,8 +168,20 @@ class TrainingConfig:
     betas: list[float] = option([0.9, 0.999], "of Adam", at_least=0, below=1)
     weight_decay: float = option(0.0, "per update, towards the base's weights (not towards 0), times lr", at_least=0)
     clip_norm: float = option(1.0, "largest gradient norm; 0 does not clip", at_least=0)
+    optimizer: str = option(
+        "adam", "adam8bit keeps Adam's moments in 8 bits (bitsandbytes)", one_of=("adam", "adam8bit")
+    )
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
-    mixed_precision: str = option("auto", "autocast; auto is bf16 over a bfloat16 base", one_of=("auto", "no", "bf16"))
+    mixed_precision: str = option(
+        "auto",
+        "autocast; auto is bf16 over a bfloat16 base, fp16 over a float16 one",
+        one_of=("auto", "no", "bf16", "fp16"),
+    )
+    compile: bool = option(False, "compiles the denoiser's repeated blocks: faster after minutes")
+    channels_last: bool = option(False, "the memory layout that convolutions on cards like best; for UNets")
+    processes: int | None = option(
+        None, "processes that this run must have, started by accelerate launch; null is as launched", at_least=1
+    )
     save_every: int = option(100, "updates between resumable states; 0 saves only when stopped", at_least=0)
 
 
@@ -215,7 +228,10 @@ class TrainConfig:
     run_dir: str | None = option(None, "where results go; null is runs/<concept>")
     seed: int = option(0, "of every random draw", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    plan_only: bool = option(False, "say what would be trained, and stop")
+    device_memory: float | None = option(
+        None, "GB of the card that the plan has to fit, such as 24; null takes the card's own", above=0
+    )
+    plan_only: bool = option(False, "say what would be trained and what memory it takes, and stop")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -253,12 +269,11 @@ class TrainConfig:
                 )
         check_slots("prompts", self.prompts, ("{}", "{thing}", "{style}"))
         check_slots("preserve.prompts", self.preserve.prompts, ("{thing}", "{style}"))
-        if self.model.precision == "float16":
-            raise UserError("model.precision=float16: training would overflow in it; allowed: float32, bfloat16")
-        if self.model.precision == "bfloat16" and self.training.mixed_precision == "no":
+        check_precision(self.model.precision, self.training.mixed_precision)
+        if self.training.optimizer == "adam8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(
-                "training.mixed_precision=no: float32 weights in a bfloat16 model need autocast; allowed: "
-                "auto, bf16, or model.precision=float32"
+                "training.optimizer=adam8bit needs bitsandbytes, which is not installed; install the extra 8bit, as in "
+                "pip install 'esd-diffusion[8bit]', or set training.optimizer=adam"
             )
         if len(self.training.betas) != 2:
             raise UserError(f"training.betas={self.training.betas}: Adam takes two, such as training.betas=[0.9,0.999]")
@@ -400,6 +415,16 @@ def check_slots(name: str, templates: Sequence[str], slots: Sequence[str]) -> No
             rest = rest.replace(slot, "")
         if "{" in rest or "}" in rest:
             raise UserError(f"{name}: {template!r} holds braces that nothing fills; allowed: {', '.join(slots)}")
+
+
+def check_precision(base: str, mixed: str) -> None:
+    """Raises UserError where float32 weights would stand in a narrower model without the autocast that fits it."""
+    fits = {"bfloat16": ("auto", "bf16"), "float16": ("auto", "fp16")}.get(base)
+    if fits and mixed not in fits:
+        raise UserError(
+            f"training.mixed_precision={mixed}: float32 weights in a {base} model need its autocast; allowed: "
+            f"{', '.join(fits)}, or model.precision=float32"
+        )
 
 
 def check_pull(training: TrainingConfig) -> None:

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from esd import checkpoint, trainer
+from esd.description import describe
 from esd.errors import UserError
 from esd.families import Family, family_of
 from esd.objectives import Objective
+from esd.plan import TrainPlan
 from esd.storage import load_state
-from esd.trainer import TrainPlan
 from tests import tiny
 from tests.plans import PLAN
 
@@ -305,7 +306,7 @@ def test_whatever_ends_training_the_model_is_the_base_again(
     ],
 )
 def test_the_description_says_how_long_points_by_the_student_serve(changes: Any, told: str) -> None:
-    assert told in trainer.describe(family(), plan(sampler="student", **changes))
+    assert told in describe(family(), plan(sampler="student", **changes))
 
 
 @pytest.mark.parametrize("changes", [{"staleness": 1}, {"sampler": "student"}])
@@ -323,16 +324,16 @@ def test_only_points_that_cannot_be_drawn_again_are_kept_for_resuming(tmp_path: 
 
 
 def test_the_description_names_what_is_trained() -> None:
-    told = trainer.describe(family(), PLAN)
+    told = describe(family(), PLAN)
     assert "cross.k + cross.v: 8 tensors" in told and "'cat', 'a cat'" in told and "4 of 3 points" in told
     assert "uses" not in told and "not read" not in told and "processes" not in told
-    assert "4 of 6 points in 2 processes" in trainer.describe(family(), PLAN, 2)
+    assert "4 of 6 points in 2 processes" in describe(family(), PLAN, 2)
 
 
 @pytest.mark.parametrize("rollouts", [0, 3])
 def test_the_description_counts_the_prompts_a_run_will_visit_and_tells_what_is_cut(rollouts: int) -> None:
     many = tuple("a " * n + "dog" for n in range(9)) * 6
     long = "a photo of the dog in mosaic style in the cat style"
-    told = trainer.describe(family(), plan(preserve=(*many, long), updates=1, rollouts=rollouts))
+    told = describe(family(), plan(preserve=(*many, long), updates=1, rollouts=rollouts))
     assert re.search(r"preserve .*; uses [123] of 10 prompts, weight 1", told)
     assert told.splitlines()[-1].split(None, 1) == ["cut", f"{long!r} is too long; not read: 'cat style'"]

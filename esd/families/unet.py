@@ -78,6 +78,12 @@ class UNetFamily(DiffusionFamily):
         height, width = (size, size) if isinstance(size, int) else size
         super().__init__(pipe, (config.in_channels, height, width))
 
+    def channels_last(self) -> None:
+        """Lays the weights of UNet and VAE out as convolutions on cards like them."""
+        modules: tuple[Any, ...] = (self.denoiser, self.pipe.vae)
+        for module in modules:
+            module.to(memory_format=torch.channels_last)
+
     def parameter_infos(self) -> list[ParameterInfo]:
         """The role of every UNet parameter, in the model's order."""
         return parameter_infos(self.denoiser)
