@@ -45,15 +45,15 @@ from esd import trainer
 from esd.checkpoint import FILE_NAME, apply
 from esd.config import ModelConfig, ObjectiveConfig, TrainConfig, TrainingConfig, TrajectoryConfig
 from esd.errors import UserError
-from esd.evaluation.erasure import exam, known_concepts
+from esd.evaluation.erasure import exam, known_targets
 from esd.evaluation.generate import sample
 from esd.evaluation.metrics import erasure_rates
 from esd.evaluation.prompts import say
 from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
 from esd.model import check, find_device, load
+from esd.plan import TrainPlan
 from esd.train import judge_of, make_plan
-from esd.trainer import TrainPlan
 
 MIB = 2**20
 PARTS = ("speed", "memory", "rates", "erase")
@@ -272,11 +272,11 @@ def rates(work: Work, variant: Variant, updates: int, images: int) -> tuple[floa
         train(family, work, variant, updates, 0, Path(folder))
         if not variant.plain:
             apply(family.pipe, Path(folder) / FILE_NAME)
-    known, _ = known_concepts([work.concept], vocabulary, judge)
-    rows = exam(vocabulary, known, images, images, 0)
+    targets, _ = known_targets([work.concept], vocabulary, judge)
+    rows = exam(vocabulary, targets, images, images, 0)
     prompts, seeds = [row.prompt for row in rows], [row.evaluation_seed for row in rows]
     read = judge(sample(family.pipe, prompts, seeds, num_steps=20, guidance_scale=4.0, batch_size=32))
-    found = erasure_rates(rows, read, read, known)
+    found = erasure_rates(rows, read, read, targets)
     return found["target"]["after"], found["same_domain"]["after"]
 
 
@@ -362,7 +362,7 @@ def main(given: Sequence[str] | None = None) -> None:
     family = load(ModelConfig(work.model), find_device(work.device))
     if family.name != "stable-diffusion":
         raise UserError(f"--model {work.model}: the plain loop is for Stable Diffusion 1 and 2, not for {family.name}")
-    _, unread = known_concepts([work.concept], Vocabulary.load(work.model), judge_of(work.model))
+    _, unread = known_targets([work.concept], Vocabulary.load(work.model), judge_of(work.model))
     if unread and {"rates", "erase"} & set(asked.parts):
         raise UserError(f"--parts {' '.join(asked.parts)}: {unread}; allowed: speed, memory")
     expected = estimate(family, work, every)
