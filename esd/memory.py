@@ -99,8 +99,9 @@ def smaller(phase: str, plan: TrainPlan, family: Family) -> list[str]:
         (wide, "model.precision=bfloat16"),
         (phase == "train" and not plan.gradient_checkpointing, "training.gradient_checkpointing=true"),
         (phase == "train" and plan.batch_size > 1, "a smaller training.batch_size with training.gradient_accumulation"),
-        (phase == "train" and plan.lora is None, "weights=lora"),
-        (phase == "train" and plan.lora is None, "a narrower selection"),
+        (phase in ("sample", "train") and plan.lora is None, "weights=lora"),
+        (phase in ("sample", "train") and plan.lora is None, "a narrower selection"),
+        (phase == "sample" and (plan.staleness or 1) > 1, "a smaller trajectory.staleness"),
         (phase == "sample" and plan.sampling.max_batch > 2, "a smaller trajectory.max_batch"),
         (phase in ("sample", "train") and plan.optimizer == "adam", "training.optimizer=adam8bit"),
         (phase in ("sample", "train") and plan.rollouts > 1, "fewer trajectory.rollouts"),
@@ -136,7 +137,10 @@ def measure(
     guided = family.guidance == "cfg"
     rows = 2 if guided and plan.sampling.guidance_scale > 1 else 1
     asked = plan.sampling.max_batch
-    sampled = min(asked, rows * plan.rollouts if plan.rollouts else rows * plan.batch_size)
+    sampling = plan.sampling
+    free = plan.sampler == "teacher" and sampling.scaled_input and not (plan.erase_from or sampling.negative)
+    asking = plan.batch_size * (plan.staleness or 1) * max(rows, 3 if plan.erase_from else 2)
+    sampled = min(asked, asking if not plan.rollouts else rows * plan.rollouts if free else asked)
     with _stand_in(family, plan, names, cond, mixed_precision) as model:
         trained = sum(p.numel() for p in model.views.parameters())
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
@@ -208,8 +212,10 @@ def points(family: Family, plan: TrainPlan, cond: Conditioning) -> tuple[int, in
     encoded = prompts * sum(_size(tensor) for tensor in cond.tensors.values())
     erasing, preserving = 4 if plan.erase_from else 3, 2 if plan.preserve else 0
     if not plan.rollouts:
-        kept = plan.batch_size * (erasing + preserving) * one
-        return encoded + kept, encoded + kept + 4 * plan.batch_size * one
+        made = plan.batch_size * (plan.staleness or 1)  # by one call
+        serving = plan.gradient_accumulation if plan.staleness and plan.staleness > 1 else 1
+        kept = (made * serving * erasing + plan.batch_size * preserving) * one
+        return encoded + kept, encoded + kept + 4 * made * one
     visits = len(times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler, latents)).stops)
     part = min(plan.rollouts, max(1, sampling.max_batch // 2))
     kept = plan.rollouts * visits * (erasing + preserving) * one

@@ -446,7 +446,7 @@ def _times(family: Family, sampling: Sampling) -> Times:
         if torch.equal(family.model_input(solver, ones, solver.timesteps[0]), ones):
             raise UserError(
                 f"trajectory.scaled_input=false: {type(solver).__name__} gives x_t to the denoiser as it is; leave it "
-                "out, or set trajectory.scheduler=euler"
+                "out (Euler of Stable Diffusion and SDXL scales, trajectory.scheduler=euler)"
             )
     return times(sampling.time_rule, solver)
 

@@ -78,7 +78,7 @@ def check_launch(asked: int | None) -> None:
 
     there = int(os.environ.get("WORLD_SIZE", "1"))
     if asked is not None and asked != there:
-        launch = f"accelerate launch --multi_gpu --num_processes {asked}" if asked > 1 else "python"
+        launch = f"accelerate launch --num_processes {asked}" if asked > 1 else "python"
         raise UserError(
             f"training.processes={asked}, and this launch has {there}; start it as {launch} -m esd.train ..., or set "
             f"training.processes={there}"

@@ -1,7 +1,7 @@
 """How fast we train beside a plain loop that does what the original scripts do: updates per second, memory, rates.
 
     python scripts/benchmarks/train_speed.py                                # says first how long it will take
-    python scripts/benchmarks/train_speed.py --rounds 1 --updates 0         # speed and memory only
+    python scripts/benchmarks/train_speed.py --rounds 1 --parts speed memory # speed and memory only
     python scripts/benchmarks/train_speed.py --model path/to/pipeline --device cuda --reuse 4 --staleness 8
 
 The plain loop is `Plain` below, written from parts of diffusers alone: for every update sample up to a random step with
@@ -125,7 +125,7 @@ class Plain:
         self.adam = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], lr=work.lr)
         self.scheduler, self.work = copy.deepcopy(pipe.scheduler), work
         with torch.no_grad():
-            encoded = [pipe.encode_prompt(text, pipe.device, 1, False)[0] for text in (work.prompt, "")]
+            encoded = [pipe.encode_prompt(text, unet.device, 1, False)[0] for text in (work.prompt, "")]
         self.concept, self.null = (states.repeat(work.batch, 1, 1) for states in encoded)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -259,6 +259,7 @@ def peak(do: Callable[[], Any], device: str) -> float:
 def memory(work: Work, variant: Variant, updates: int = 3) -> float:
     """Peak MiB of training with one variant, beyond those of the loaded model; in a process of its own."""
     family = load(ModelConfig(work.model), work.device)
+    family.place("encoders", "denoiser")
     with tempfile.TemporaryDirectory() as folder:
         return peak(lambda: train(family, work, variant, updates, 0, Path(folder)), work.device)
 
