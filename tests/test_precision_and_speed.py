@@ -151,7 +151,7 @@ def test_compiled_blocks_learn_the_same_and_are_taken_off(tmp_path: Path, change
 @pytest.mark.parametrize(
     ("variables", "settings", "told"),
     [
-        ({}, ["training.processes=2"], "accelerate launch --multi_gpu --num_processes 2 -m esd.train"),
+        ({}, ["training.processes=2"], "start it as accelerate launch --num_processes 2 -m esd.train"),
         ({"WORLD_SIZE": "2"}, ["training.processes=1"], "this launch has 2; start it as python -m esd.train"),
         ({"ACCELERATE_USE_FSDP": "true"}, [], "configured for FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "configured for DeepSpeed"),
