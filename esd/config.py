@@ -219,7 +219,9 @@ class TrainConfig:
 
     concepts: list[str] = option([], "what to erase, for example concepts=[cat]")
     prompts: list[str] = option(["{}"], "training prompts; {} is the concept, {thing} and {style} all the model knows")
-    erase_from: list[str] = option([], "erase only as an attribute of these, one per concept (hat from cowboy)")
+    erase_from: list[str] = option(
+        [], "erase only as an attribute of these, one per concept (hat from cowboy); templates wrap both"
+    )
     selection: str = option(
         "esd_x",
         "what to train: esd_x, esd_x_strict, esd_u, esd_x_2023, esd_u_2023, esd_all, esd_all_2023, self_attention, "
