@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "no Python >= 3.11 found; name one: make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@[ -z "$(TORCH_INDEX)" ] || $(BIN)/python -m pip install --quiet -c constraints.txt -i "$(TORCH_INDEX)" torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,emoji,tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,emoji,tensorboard,8bit]'
 	@touch $@
 
 .PHONY: venv
@@ -43,7 +43,7 @@ test: $(STAMP) ## style, types and the quick tests
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## the slow tests: an erasure from end to end, and what else takes minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 .PHONY: clean
 clean: ## remove .venv, builds and caches; runs/ stays

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -23,6 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
+STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
 
 
@@ -140,11 +142,16 @@ class TrajectoryConfig:
     )
     rollouts: int = option(
         24,
-        "whole rollouts in the bank; 0 keeps no bank and rolls out anew for every update. With "
-        "sampler=student a bank is as stale as it is large",
+        "whole rollouts in the bank; 0 keeps no bank and rolls out anew for every update",
         at_least=0,
     )
     reuse: int = option(8, "how often a point of the bank is used before the bank is built anew", at_least=1)
+    staleness: int | None = option(
+        None,
+        "updates that points drawn by the student serve, with or without a bank, before it draws anew; null is 1 "
+        f"without a bank and {STALENESS} with one",
+        at_least=1,
+    )
     max_batch: int = option(64, "most rows in one call of the denoiser while sampling", at_least=2)
 
 
@@ -161,8 +168,20 @@ class TrainingConfig:
     betas: list[float] = option([0.9, 0.999], "of Adam", at_least=0, below=1)
     weight_decay: float = option(0.0, "per update, towards the base's weights (not towards 0), times lr", at_least=0)
     clip_norm: float = option(1.0, "largest gradient norm; 0 does not clip", at_least=0)
+    optimizer: str = option(
+        "adam", "adam8bit keeps Adam's moments in 8 bits (bitsandbytes)", one_of=("adam", "adam8bit")
+    )
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
-    mixed_precision: str = option("auto", "autocast; auto is bf16 over a bfloat16 base", one_of=("auto", "no", "bf16"))
+    mixed_precision: str = option(
+        "auto",
+        "autocast; auto is bf16 over a bfloat16 base, fp16 over a float16 one",
+        one_of=("auto", "no", "bf16", "fp16"),
+    )
+    compile: bool = option(False, "compiles the denoiser's repeated blocks: faster after minutes")
+    channels_last: bool = option(False, "the memory layout that convolutions on cards like best; for UNets")
+    processes: int | None = option(
+        None, "processes that this run must have, started by accelerate launch; null is as launched", at_least=1
+    )
     save_every: int = option(100, "updates between resumable states; 0 saves only when stopped", at_least=0)
 
 
@@ -200,7 +219,9 @@ class TrainConfig:
 
     concepts: list[str] = option([], "what to erase, for example concepts=[cat]")
     prompts: list[str] = option(["{}"], "training prompts; {} is the concept, {thing} and {style} all the model knows")
-    erase_from: list[str] = option([], "erase only as an attribute of these, one per concept (hat from cowboy)")
+    erase_from: list[str] = option(
+        [], "erase only as an attribute of these, one per concept (hat from cowboy); templates wrap both"
+    )
     selection: str = option(
         "esd_x",
         "what to train: esd_x, esd_x_strict, esd_u, esd_x_2023, esd_u_2023, esd_all, esd_all_2023, self_attention, "
@@ -209,7 +230,10 @@ class TrainConfig:
     run_dir: str | None = option(None, "where results go; null is runs/<concept>")
     seed: int = option(0, "of every random draw", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    plan_only: bool = option(False, "say what would be trained, and stop")
+    device_memory: float | None = option(
+        None, "GB of the card that the plan has to fit, such as 24; null takes the card's own", above=0
+    )
+    plan_only: bool = option(False, "say what would be trained and what memory it takes, and stop")
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -247,12 +271,11 @@ class TrainConfig:
                 )
         check_slots("prompts", self.prompts, ("{}", "{thing}", "{style}"))
         check_slots("preserve.prompts", self.preserve.prompts, ("{thing}", "{style}"))
-        if self.model.precision == "float16":
-            raise UserError("model.precision=float16: training would overflow in it; allowed: float32, bfloat16")
-        if self.model.precision == "bfloat16" and self.training.mixed_precision == "no":
+        check_precision(self.model.precision, self.training.mixed_precision)
+        if self.training.optimizer == "adam8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(
-                "training.mixed_precision=no: float32 weights in a bfloat16 model need autocast; allowed: "
-                "auto, bf16, or model.precision=float32"
+                "training.optimizer=adam8bit needs bitsandbytes, which is not installed; install the extra 8bit, as in "
+                "pip install 'esd-diffusion[8bit]', or set training.optimizer=adam"
             )
         if len(self.training.betas) != 2:
             raise UserError(f"training.betas={self.training.betas}: Adam takes two, such as training.betas=[0.9,0.999]")
@@ -264,6 +287,7 @@ class TrainConfig:
                 f"rate would never be reached; allowed: 0 to {self.training.updates - 1}"
             )
         check_time_rule(self.trajectory)
+        check_staleness(self.trajectory)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the concepts."""
@@ -395,6 +419,16 @@ def check_slots(name: str, templates: Sequence[str], slots: Sequence[str]) -> No
             raise UserError(f"{name}: {template!r} holds braces that nothing fills; allowed: {', '.join(slots)}")
 
 
+def check_precision(base: str, mixed: str) -> None:
+    """Raises UserError where float32 weights would stand in a narrower model without the autocast that fits it."""
+    fits = {"bfloat16": ("auto", "bf16"), "float16": ("auto", "fp16")}.get(base)
+    if fits and mixed not in fits:
+        raise UserError(
+            f"training.mixed_precision={mixed}: float32 weights in a {base} model need its autocast; allowed: "
+            f"{', '.join(fits)}, or model.precision=float32"
+        )
+
+
 def check_pull(training: TrainingConfig) -> None:
     """Raises UserError where weight decay would carry the weights past the base, and further with every update."""
     share = training.lr * training.weight_decay
@@ -416,6 +450,16 @@ def check_time_rule(trajectory: TrajectoryConfig) -> None:
             f"trajectory.time_rule={trajectory.time_rule} with trajectory.scheduler={trajectory.scheduler} and "
             f"trajectory.num_steps={trajectory.num_steps}: it relabels DDIM's times; use trajectory.scheduler=ddim and "
             "at least 3 steps, or trajectory.time_rule=visited"
+        )
+
+
+def check_staleness(trajectory: TrajectoryConfig) -> None:
+    """Raises UserError where points that never grow stale are given a limit."""
+    if trajectory.sampler == "teacher" and trajectory.staleness is not None:
+        raise UserError(
+            f"trajectory.staleness={trajectory.staleness} with trajectory.sampler=teacher: points of the frozen base "
+            "never grow stale; set trajectory.sampler=student, or leave staleness out (trajectory.reuse says how often "
+            "a bank's points are used)"
         )
 
 

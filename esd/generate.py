@@ -50,12 +50,12 @@ def generate(config: GenerateConfig) -> int:
         return 0
     family = load(config.model, find_device(config.device))
     family.scheduler(config.num_steps)  # tells whether it knows so many
-    base, pipe = base_of(family), family.pipe
+    base = base_of(family)
     plans = {"base": plan(config, rows, run / "base", base, None)}
     if found:
         plans["erased"] = plan(config, rows, run / "erased", base, found.path)
-        checkpoint.check(pipe, found)  # another base is refused before anything is written
-    with run.claimed():
+        checkpoint.check(family.pipe, found)  # another base is refused before anything is written
+    with run.claimed(), family.drawing() as pipe:
         draw(pipe, plans["base"], batch_size=config.batch_size)
         if found:
             with checkpoint.erased(pipe, found):

@@ -1,4 +1,6 @@
-"""The base that `config.model` names: looked at before anything is loaded, then loaded onto a device."""
+"""The base that `config.model` names: looked at before anything is loaded, then loaded; its parts come to a device
+when they are needed.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def find_device(name: str) -> str:
 
 
 def load(model: ModelConfig, device: Any) -> Family:
-    """The family of the base, on a device.
+    """The family of the base, which works on a device and lies on the CPU till then.
 
     Raises:
         UserError: see `esd.families.load_pipeline`.
@@ -66,4 +68,4 @@ def load(model: ModelConfig, device: Any) -> Family:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # loading takes a second; training has a bar of its own
-    return family_of(load_pipeline(model.path, getattr(torch, model.precision), device, model.revision))
+    return family_of(load_pipeline(model.path, getattr(torch, model.precision), model.revision), device)

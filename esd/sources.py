@@ -5,10 +5,13 @@ noise to a picture of the concept: run the sampler with guidance from x_T, stop 
 x_t is the training point.
 
 `OnPolicy`  a fresh partial rollout for every sample of every update, by the student as it is now (the paper)
-            or by the teacher (upstream's scripts since 2024). Costs up to `num_steps` guided calls an update.
+            or by the teacher (upstream's scripts since 2024). Costs up to `num_steps` guided calls an update,
+            or, where the points of `staleness` updates are drawn at once, as many larger calls for all of them.
 `Bank`      with a frozen sampler, one whole rollout visits `num_steps` training points, and the two halves
             of its guided batch *are* the teacher's predictions for the concept and for the null prompt, so
-            they are free. Points of one rollout are correlated; `rollouts` and `reuse` say how much.
+            they are free. Points of one rollout are correlated; `rollouts` and `reuse` say how much. The student can
+            fill a bank too: nothing is free then, but every point of a rollout can still be used, for at most
+            `staleness` updates.
 
 Free predictions need all of this: the teacher samples, and x is what it was given there; there is
 classifier-free guidance (else only the concept's is free); the objective's null is the rollout's negative
@@ -16,7 +19,9 @@ prompt; a model that is told its guidance scale is told the same while sampling 
 visited time, not a jittered one; and the prompt is the one rolled out with (so `erase_from` and null are free,
 the concept costs a call). What is wanted and missing is computed, in batched calls.
 
-Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them.
+Every draw is keyed by (seed, purpose, step, index), see `esd.seeding`: a resumed run replays them. What the student
+draws depends on its weights too, those of the first update that the points serve. They are gone when a run resumes amid
+these updates, so the points are saved (`in_use`, `put_back`): a thousandth of what the weights would take.
 
 Source: ESD section 4 and its algorithm (on-policy); rohitgandikota/erasing, esd_sd.py (frozen sampler); the
 bank is ours.
@@ -25,7 +30,7 @@ bank is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args
 
@@ -100,16 +105,16 @@ class Points:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> Points:
-        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken: dict[str, Any] = {name: None if c is None else c[rows] for name, c in columns.items()}
-        return Points(**taken)
+        return Points(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are not None, by name; `Points(**points.tensors())` is the same again."""
+        return {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
 
     @staticmethod
     def cat(parts: Sequence[Points]) -> Points:
         """One batch after the other."""
-        columns: dict[str, Any] = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Points)}
-        joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
-        return Points(**joined)
+        return Points(**{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0].tensors()})
 
     def prediction(self, of: Anchor) -> Tensor:
         """What the teacher predicts for "null", "concept" or "erase_from" (b, c, h, w).
@@ -166,19 +171,42 @@ ALL: tuple[Anchor, ...] = get_args(Anchor)
 
 
 class Source(Protocol):
-    """Where training points come from."""
+    """Where training points come from.
+
+    Attributes:
+        conditions: the prompts.
+        updates_per_build: updates whose points are drawn before the first of them, by the sampler as it is then.
+    """
 
     conditions: Conditions
+    updates_per_build: int
+
+    def begins(self, step: int) -> bool:
+        """Whether points are drawn before update `step`, by the sampler as it is then."""
+        return step % self.updates_per_build == 0
 
     def points(self, step: int, indices: Sequence[int]) -> Points:
-        """The points of update `step`, one for each sample index (over all processes and micro-batches)."""
+        """The points of update `step`, one for each sample index (over all processes and micro-batches).
+
+        Who asks for an update asks for the same indices in every update: some sources then draw ahead.
+        """
+
+    def in_use(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The points drawn last, of all processes: what `put_back` needs.
+
+        Args:
+            gather: a tensor's rows in all processes, one process after the other; called in all of them alike.
+        """
+
+    def put_back(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what `in_use` told in another sitting for the points in use at update `step`, instead of drawing."""
 
     def visited(self, updates: int) -> set[int]:
         """The prompts (rows of `Conditions`) that so many updates train on."""
 
 
-class OnPolicy:
-    """Fresh partial rollouts for every update, each sample to its own random stop.
+class OnPolicy(Source):
+    """Fresh partial rollouts for every update or every few, each sample to its own random stop.
 
     Args:
         family: of the model.
@@ -189,6 +217,8 @@ class OnPolicy:
         sampling: see `Sampling`.
         per_update: samples of one update over all processes and micro-batches.
         seed: of the run.
+        staleness: updates whose points are drawn at once: as many rows for the denoiser, in fewer and larger calls.
+            A student has moved on by up to staleness - 1 updates when they train it; 1 is the paper's.
         wanted: predictions of the teacher that someone will read; see `Points`.
 
     Raises:
@@ -205,19 +235,49 @@ class OnPolicy:
         *,
         per_update: int,
         seed: int,
+        staleness: int = 1,
         wanted: Collection[Anchor] = ALL,
     ) -> None:
         self.wanted = wanted
         self.family, self.teacher, self.sampler = family, teacher, sampler
         self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
         self.times = _times(family, sampling)
+        self.updates_per_build = staleness
+        self._build = -1
+        self._built: dict[int, Points] = {}  # by sample index: one point for each update of the build
+
+    def points(self, step: int, indices: Sequence[int]) -> Points:
+        """Points of update `step`, float32 on the denoiser's device; see `Source`."""
+        build, within = divmod(step, self.updates_per_build)
+        if self._build != build:
+            self._build, self._built = build, {}
+        if missing := [i for i in indices if i not in self._built]:
+            first = build * self.updates_per_build
+            fresh = self._fresh(range(first, first + self.updates_per_build), missing)
+            self._built |= {i: fresh[k :: len(missing)] for k, i in enumerate(missing)}
+        return Points.cat([self._built[i][within : within + 1] for i in indices])
+
+    def in_use(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """See `Source`; "index" is the sample index of each `updates_per_build` rows."""
+        points = Points.cat(list(self._built.values()))
+        tensors = points.tensors() | {"index": torch.tensor(list(self._built), device=points.x.device)}
+        return {name: gather(tensor) for name, tensor in tensors.items()}
+
+    def put_back(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """See `Source`."""
+        columns = {name: tensor.to(self.family.device) for name, tensor in tensors.items()}
+        indices, n = columns.pop("index").tolist(), self.updates_per_build
+        points = Points(**columns)
+        self._build, self._built = step // n, {i: points[k * n : (k + 1) * n] for k, i in enumerate(indices)}
 
     @torch.no_grad()
-    def points(self, step: int, indices: Sequence[int]) -> Points:
-        """Fresh points of update `step`, float32 on the denoiser's device; see `Source`."""
-        prompt = dealt(self.seed, [step * self.per_update + i for i in indices], len(self.conditions.concept))
-        draws = [_draw(self.times, gen) for gen in seeding.generators(self.seed, "time", step, indices)]
-        noise = seeding.generators(self.seed, "noise", step, indices)
+    def _fresh(self, steps: Sequence[int], indices: Sequence[int]) -> Points:
+        """The points of some updates, one update after the other."""
+        numbers = [step * self.per_update + i for step in steps for i in indices]
+        prompt = dealt(self.seed, numbers, len(self.conditions.concept))
+        time = [gen for step in steps for gen in seeding.generators(self.seed, "time", step, indices)]
+        noise = [gen for step in steps for gen in seeding.generators(self.seed, "noise", step, indices)]
+        draws = [_draw(self.times, gen) for gen in time]
         path = _roll(self, prompt, noise, stop=[self.times.stops[k] for k, _ in draws], keep="last")
         t = torch.tensor([label for _, label in draws], device=path.t.device)
         return _complete(self, _seen(self, path)[0], t, prompt.to(t.device), {})
@@ -228,12 +288,15 @@ class OnPolicy:
         return set(dealt(self.seed, range(min(updates * self.per_update, count)), count).tolist())
 
 
-class Bank:
-    """Whole rollouts of a frozen sampler, every point of which is used; rebuilt when used up.
+class Bank(Source):
+    """Whole rollouts, every point of which is used; rebuilt when used up, or sooner where points grow stale.
 
     Update s belongs to build s // updates_per_build; within a build, each pass over the points takes them in
     a new random order. Both are functions of the seed, so a resumed run rebuilds the very same bank, and so
     does every process of a parallel one.
+
+    A build that is thrown away before all its points were taken serves the first ones of that order: a uniform
+    sample of all rollouts and times. The others are never completed by the teacher.
 
     Args:
         family: of the model.
@@ -245,8 +308,8 @@ class Bank:
         per_update: samples of one update over all processes and micro-batches.
         seed: of the run.
         sampler: rolls out instead of the teacher, and then nothing is free. With the live student this is
-            ESD's on-policy sampling, at most `updates_per_build` updates stale; who resumes a run amid a
-            build must let the student of its first update build it again.
+            ESD's on-policy sampling, up to `updates_per_build` - 1 updates stale.
+        staleness: most updates that a build serves; None for as many as it has points for.
         wanted: predictions of the teacher that someone will read; see `Points`.
 
     Raises:
@@ -265,6 +328,7 @@ class Bank:
         per_update: int,
         seed: int,
         sampler: Denoiser | None = None,
+        staleness: int | None = None,
         wanted: Collection[Anchor] = ALL,
     ) -> None:
         self.wanted = wanted
@@ -278,11 +342,8 @@ class Bank:
                 f"a bank of {rollouts} rollouts x {len(self.times.stops)} points used {reuse} times holds "
                 f"less than one update of {per_update} samples; raise rollouts or reuse"
             )
+        self.updates_per_build = min(self.updates_per_build, staleness or self.updates_per_build)
         self._built: tuple[int, Points] | None = None
-
-    def begins(self, step: int) -> bool:
-        """Whether update `step` is the first of a build, before which the sampler as it is then rolls out."""
-        return step % self.updates_per_build == 0
 
     @torch.no_grad()
     def points(self, step: int, indices: Sequence[int]) -> Points:
@@ -294,12 +355,25 @@ class Bank:
         points = self._built[1]
         places = [divmod(within * self.per_update + index, self.size) for index in indices]
         orders = {turn: self._order(build, turn) for turn in {turn for turn, _ in places}}
-        rows = [int(orders[turn][position]) for turn, position in places]
-        return points[torch.tensor(rows, device=points.x.device)]
+        rows = torch.tensor([int(orders[turn][position]) for turn, position in places])
+        return points[torch.searchsorted(self._serving(build), rows).to(points.x.device)]
+
+    def in_use(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """See `Source`; every process has the whole bank, and nothing is gathered."""
+        return self._built[1].tensors() if self._built else {}
+
+    def put_back(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """See `Source`."""
+        points = Points(**{name: tensor.to(self.family.device) for name, tensor in tensors.items()})
+        self._built = step // self.updates_per_build, points
 
     def _order(self, build: int, turn: int) -> Tensor:
         """The order in which pass `turn` over a build takes its points."""
         return torch.randperm(self.size, generator=seeding.generator(self.seed, "bank order", build, turn))
+
+    def _serving(self, build: int) -> Tensor:
+        """The points of a build that some update takes, in ascending order, rollout by rollout."""
+        return self._order(build, 0)[: self.updates_per_build * self.per_update].sort().values
 
     def _prompts(self, build: int, numbers: Iterable[int]) -> Tensor:
         """The prompts of some rollouts of a build."""
@@ -318,21 +392,23 @@ class Bank:
 
     @torch.no_grad()
     def build(self, build: int) -> Points:
-        """All points of a build (rollouts x points each), float32 on the denoiser's device."""
-        size = max(1, self.sampling.max_batch // 2)
-        starts = range(0, self.rollouts, size)
-        return Points.cat([self._part(build, list(range(i, min(i + size, self.rollouts)))) for i in starts])
+        """The points of a build that serve, rollout by rollout, float32 on the denoiser's device."""
+        serving = self._serving(build)
+        numbers = (serving // len(self.times.stops)).unique()
+        return Points.cat([self._part(build, part, serving) for part in numbers.split(self.sampling.max_batch // 2)])
 
-    def _part(self, build: int, numbers: Sequence[int]) -> Points:
-        """The points of some rollouts of a build."""
+    def _part(self, build: int, part: Tensor, serving: Tensor) -> Points:
+        """The points of some rollouts of a build that are among those serving."""
+        numbers, stops = part.tolist(), list(self.times.stops)
         prompt = self._prompts(build, numbers)
         noise = seeding.generators(self.seed, "bank noise", build, numbers)
         path = _roll(self, prompt, noise)
-        stops = list(self.times.stops)
+        every = (part[:, None] * len(stops) + torch.arange(len(stops))).flatten()
+        rows = torch.isin(every, serving).nonzero().flatten()
 
         def points(values: Tensor) -> Tensor:
             """Rollout by rollout, so that the order does not depend on how many roll out together."""
-            return values[stops].transpose(0, 1).flatten(0, 1)
+            return values[stops].transpose(0, 1).flatten(0, 1)[rows.to(values.device)]
 
         labels = [
             low + seeding.below(source, width)
@@ -347,7 +423,7 @@ class Bank:
                 predictions["null"] = path.null
         free = {name: points(values) for name, values in predictions.items() if values is not None}
         x = points(torch.cat([_seen(self, path), path.final[None]]))
-        t, prompts = torch.tensor(labels), prompt.repeat_interleave(len(stops))
+        t, prompts = torch.tensor(labels)[rows], prompt.repeat_interleave(len(stops))[rows]
         return _complete(self, x, t.to(x.device), prompts.to(x.device), free)
 
 
@@ -370,7 +446,7 @@ def _times(family: Family, sampling: Sampling) -> Times:
         if torch.equal(family.model_input(solver, ones, solver.timesteps[0]), ones):
             raise UserError(
                 f"trajectory.scaled_input=false: {type(solver).__name__} gives x_t to the denoiser as it is; leave it "
-                "out, or set trajectory.scheduler=euler"
+                "out (Euler of Stable Diffusion and SDXL scales, trajectory.scheduler=euler)"
             )
     return times(sampling.time_rule, solver)
 

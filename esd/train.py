@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from esd.config import EvaluationConfig, TrainConfig
+from esd.config import STALENESS, EvaluationConfig, TrainConfig
 from esd.errors import UserError
 from esd.main import EXIT_SIGNAL, run_program
 from esd.model import check, find_device, load
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from esd.evaluation.judges import Judge
     from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
-    from esd.trainer import TrainPlan
+    from esd.plan import TrainPlan
 
 
 def main() -> None:
@@ -33,9 +33,10 @@ def train(config: TrainConfig) -> int:
     run = RunDirectory(config.run_path(), config)
     tracker = tracker_arguments(config.tracker, run.path)
     check(config.model)
+    check_launch(config.training.processes)
     from esd import selection
+    from esd.description import describe
     from esd.evaluation.vocabulary import Vocabulary
-    from esd.trainer import describe
 
     # All that can be wrong without the base's weights is told before these are loaded.
     selection.check(config.selection)
@@ -44,6 +45,8 @@ def train(config: TrainConfig) -> int:
     judge = judge_of(config.model.path)
     accelerator = make_accelerator(config, tracker)
     family = load(config.model, accelerator.device)
+    if config.training.channels_last:
+        family.channels_last()
     accelerator.print(describe(family, plan, accelerator.num_processes), flush=True)
     check_evaluation(judge, family, config.evaluation)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
@@ -51,6 +54,8 @@ def train(config: TrainConfig) -> int:
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
             file=sys.stderr,
         )
+    for line in memory_lines(config, family, plan, accelerator):
+        accelerator.print(f"memory     {line}", flush=True)
     if config.plan_only:
         accelerator.print(f"results    would go to {run.path}; plan_only=true, so nothing was trained")
         return 0
@@ -58,6 +63,60 @@ def train(config: TrainConfig) -> int:
     with run.claimed(main=accelerator.is_main_process):
         accelerator.wait_for_everyone()
         return finish(config, family, plan, run, accelerator, vocabulary, judge)
+
+
+def check_launch(asked: int | None) -> None:
+    """Refuses, before anything is loaded, a launch that is not the one this run was made for.
+
+    Args:
+        asked: number of processes, or None for as many as there are.
+
+    Raises:
+        UserError: another number of processes, or a launch that would cut the model up.
+    """
+    import os
+
+    there = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is not None and asked != there:
+        launch = f"accelerate launch --num_processes {asked}" if asked > 1 else "python"
+        raise UserError(
+            f"training.processes={asked}, and this launch has {there}; start it as {launch} -m esd.train ..., or set "
+            f"training.processes={there}"
+        )
+    for kind, name in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
+        if os.environ.get(kind, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate was configured for {name}, which cuts weights into pieces that student and teacher cannot "
+                "share; launch without it, one whole model to a card (accelerate launch --multi_gpu), and where a card "
+                "is too small set weights=lora with training.gradient_checkpointing=true"
+            )
+
+
+def memory_lines(config: TrainConfig, family: Family, plan: TrainPlan, accelerator: Any) -> list[str]:
+    """What the run takes of the device: every phase where only the plan is asked for, else the peak of a card.
+
+    Nothing is said of a run on the CPU: to find out takes seconds, in which a small run would be half done.
+    """
+    import torch
+
+    from esd import memory
+
+    card = config.device_memory
+    if card is None and accelerator.device.type == "cuda":
+        card = torch.cuda.get_device_properties(accelerator.device).total_memory / memory.GB
+    if card is None and not config.plan_only:
+        return []
+    found = memory.measure(
+        family,
+        plan,
+        family.encode(plan.prompts[:1]),
+        mixed_precision=accelerator.mixed_precision,
+        processes=accelerator.num_processes,
+        images=config.evaluation.batch_size,
+        guidance_scale=config.evaluation.guidance_scale,
+    )
+    told = found.verdict(card, plan, family)
+    return [*map(str, found.phases), told] if config.plan_only else [told]
 
 
 def finish(
@@ -86,7 +145,8 @@ def finish(
         if trained and missing:
             print(f"trained already; measuring, for {missing}")
         if missing:
-            measure(config, family, vocabulary, judge, run, facts)
+            with family.drawing() as pipe:
+                measure(config, pipe, vocabulary, judge, run, facts)
     accelerator.print(f"results are in {run.path}: {FILE_NAME}, summary.json, preview.png, metrics.jsonl")
     return 0
 
@@ -180,7 +240,7 @@ def measured_with(
 
 def measure(
     config: TrainConfig,
-    family: Family,
+    pipe: Any,
     vocabulary: Vocabulary | None,
     judge: Judge | None,
     run: RunDirectory,
@@ -194,7 +254,7 @@ def measure(
     trained = checkpoint.load(run.path)
     wanted = config.evaluation
     rates = evaluate(
-        family.pipe,
+        pipe,
         trained,
         config.concepts,
         vocabulary=vocabulary,
@@ -226,7 +286,7 @@ def make_accelerator(config: TrainConfig, tracker: dict[str, Any]) -> Any:
     """The Accelerator for a device and a precision.
 
     Raises:
-        UserError: the machine has no such device.
+        UserError: the machine has no such device, or fp16 is asked of one that is no CUDA card.
     """
     import os
 
@@ -236,26 +296,32 @@ def make_accelerator(config: TrainConfig, tracker: dict[str, Any]) -> Any:
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # jobs of a sweep may differ in device and precision
-    find_device(config.device)
+    kind = find_device(config.device)
     mixed = mixed_precision(config, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    if mixed == "fp16" and not kind.startswith("cuda"):
+        raise UserError(
+            f"training.mixed_precision=fp16 on {kind}: its gradients are scaled on CUDA cards only; allowed: bf16 with "
+            "model.precision=bfloat16, or no with model.precision=float32"
+        )
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
     return Accelerator(mixed_precision=mixed, cpu=config.device == "cpu", **tracker)
 
 
 def mixed_precision(config: TrainConfig, launched: str) -> str:
-    """The autocast of a run; `auto` is bf16 over a bfloat16 base, else what `accelerate launch` was told.
+    """The autocast of a run; `auto` is that of a narrow base, else what `accelerate launch` was told.
 
     Raises:
-        UserError: the launcher was told something other than no or bf16, and the settings do not say.
+        UserError: the launcher was told something other than no, bf16 or fp16, and the settings do not say.
     """
     if config.training.mixed_precision != "auto":
         return config.training.mixed_precision
-    if launched not in ("no", "bf16"):
+    if launched not in ("no", "bf16", "fp16"):
         raise UserError(
-            f"accelerate launch --mixed_precision {launched}: allowed: no, bf16; or training.mixed_precision=no here"
+            f"accelerate launch --mixed_precision {launched}: allowed: no, bf16, fp16; or training.mixed_precision=no "
+            "here"
         )
-    return "bf16" if config.model.precision == "bfloat16" else launched
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(config.model.precision, launched)
 
 
 def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
@@ -271,8 +337,8 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     from esd.evaluation.vocabulary import expand_prompts, in_turns
     from esd.lora import Lora
     from esd.objectives import Objective
+    from esd.plan import TrainPlan
     from esd.sources import Sampling
-    from esd.trainer import TrainPlan
 
     def filled(concepts: list[str]) -> tuple[str, ...]:
         templates = [say(template, {"": concept}) for template in config.prompts for concept in concepts]
@@ -283,8 +349,10 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     named = vocabulary.targets(config.concepts) if vocabulary else []
     erased = vocabulary.targets(config.concepts, config.erase_from) if vocabulary else []
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
+    staleness = path.staleness or (STALENESS if path.rollouts else 1)
     weights, training = config.weights, dataclasses.asdict(config.training)
-    del training["mixed_precision"]  # the accelerator's
+    for name in ("mixed_precision", "channels_last", "processes"):  # the accelerator's, the model's, the launcher's
+        del training[name]
     return TrainPlan(
         concepts=tuple(config.concepts),
         prompts=filled(config.concepts),
@@ -308,6 +376,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         sample_with=path.sample_with,
         rollouts=path.rollouts,
         reuse=path.reuse,
+        staleness=staleness if path.sampler == "student" else None,
         seed=config.seed,
         **training | {"betas": tuple(config.training.betas)},
     )

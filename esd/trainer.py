@@ -23,22 +23,25 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esd import checkpoint, lora, objectives, seeding
+from esd import checkpoint, objectives, seeding
 from esd.errors import UserError
 from esd.families import Conditioning, Family
-from esd.lora import Lora, LoraViews, LowRank
+from esd.lora import LoraViews, LowRank
 from esd.objectives import Anchor, Objective
+from esd.plan import TrainPlan
 from esd.progress import Log, termination
-from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Sampling, Source
+from esd.sources import ALL, Bank, Conditions, OnPolicy, Points, Source
 from esd.storage import State, load_state, save_state
 from esd.weights import Views, WeightViews
 
-MOST_STALE = 8  # updates that points by the student may serve; at first student and teacher are the same
+LEAST_8BIT = 4096  # values of a tensor whose moments 8-bit Adam keeps in 8 bits
+MOST_VERSIONS = 64  # of a compiled block; past them dynamo runs it as it is
+ADAM = "adam."  # before what Adam remembers, in the names of a state's files
 
 
 class Stopped(Exception):
@@ -51,79 +54,6 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """Everything that decides the erased weights, besides the base; `esd.config` has the defaults.
-
-    Attributes:
-        concepts: what is erased; provenance only, `prompts` is what is trained on.
-        prompts: training prompts that name the concepts; taken in turn, and one may stand several times.
-        erase_from: () or as many prompts: erase the concept only as an attribute of these.
-        preserve: prompts whose prediction should stay; () for none.
-        preserve_weight: of that term.
-        selection: expression for the trained parameters.
-        lora: train an adapter beside them; None trains them themselves.
-        objective: anchor, eta, weighting.
-        sampling: how x_t is drawn.
-        sampler: who draws it, the "student" (the paper) or the "teacher".
-        sample_with: prompt of the rollouts where erase_from is set.
-        rollouts: in the bank; 0 rolls out anew for every update.
-        reuse: of a point in the bank.
-        updates: optimizer steps.
-        batch_size: points per forward pass and process.
-        gradient_accumulation: forward passes per update.
-        lr: learning rate; lr_schedule "constant", "cosine" or "linear" after `warmup` updates.
-        betas: of Adam.
-        weight_decay: share of the way back to the base per update, times lr.
-        clip_norm: largest gradient norm, 0 for no limit.
-        gradient_checkpointing: less memory, more time, same gradients.
-        save_every: updates between resumable states, 0 for none but when stopped.
-        seed: of every draw.
-
-    Raises:
-        UserError: prompts to erase from without the anchor "erase_from", or the other way round; a prompt is both
-            trained on and preserved.
-    """
-
-    concepts: tuple[str, ...]
-    prompts: tuple[str, ...]
-    erase_from: tuple[str, ...]
-    preserve: tuple[str, ...]
-    preserve_weight: float
-    selection: str
-    lora: Lora | None
-    objective: Objective
-    sampling: Sampling
-    sampler: Literal["student", "teacher"]
-    sample_with: Literal["erase_from", "concept"]
-    rollouts: int
-    reuse: int
-    updates: int
-    batch_size: int
-    gradient_accumulation: int
-    lr: float
-    lr_schedule: Literal["constant", "cosine", "linear"]
-    warmup: int
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_norm: float
-    gradient_checkpointing: bool
-    save_every: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if bool(self.erase_from) != (self.objective.anchor == "erase_from"):
-            raise UserError(
-                f"objective.anchor={self.objective.anchor} with erase_from={list(self.erase_from)}; prompts to erase "
-                "from and the anchor erase_from go together"
-            )
-        if both := set(self.erase_from or self.prompts) & set(self.preserve):
-            raise UserError(
-                f"preserve.prompts: {min(both)!r} is a training prompt too, so that it would be erased and preserved; "
-                "leave it out of one of them"
-            )
 
 
 @dataclass(frozen=True)
@@ -143,39 +73,61 @@ def train(
     *,
     versions: Mapping[str, str] | None = None,
 ) -> TrainResult:
-    """Trains, and writes `run_dir/erased.safetensors`; the family's model is the base again afterwards.
+    """Trains, and writes `run_dir/erased.safetensors`; the family's model is the base again afterwards, on the CPU.
+
+    The text encoders are on the device while prompts are encoded, and the denoiser from then on: never all at once.
 
     Args:
-        family: of a model on the accelerator's device.
+        family: of a model that works on the accelerator's device.
         plan: what to do.
         run_dir: gets metrics.jsonl, the checkpoint and, while training, state/.
         accelerator: an `accelerate.Accelerator`, its trackers started if there are any.
         versions: for provenance.
 
     Raises:
-        UserError: see `describe`; the state in run_dir is of another plan or base; or training diverged.
+        UserError: see `esd.description.describe`, `student_views` and `make_adam`; the state in run_dir is of another
+            plan or base; or training diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
+    family.place("encoders")
+    point_sources(family, plan, None, None, accelerator.num_processes)  # encodes every prompt
+    family.place("denoiser")
     with student_views(family, plan, accelerator) as views:
         return _train(family, plan, views, run_dir, accelerator, versions or {})
 
 
 @contextmanager
 def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views]:
-    """The family's model as student and teacher, for the length of a `with` block; the base again on any exit."""
+    """The family's model as student and teacher, for the length of a `with` block; the base again on any exit.
+
+    Raises:
+        UserError: blocks are to be compiled, and diffusers knows none in this denoiser.
+    """
     denoiser: Any = family.denoiser
     names = family.select(plan.selection).names
+    if plan.compile and not getattr(denoiser, "_repeated_blocks", None):
+        raise UserError(
+            f"training.compile=true: diffusers names no blocks of {type(denoiser).__name__} to compile; set "
+            "training.compile=false"
+        )
     views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names)
     try:
         if plan.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        yield views
+        if plan.compile:
+            denoiser.compile_repeated_blocks()
+        # every size of latents and of batch makes a version of a block, student and teacher another: dynamo keeps 8
+        with torch._dynamo.config.patch(recompile_limit=MOST_VERSIONS) if plan.compile else nullcontext():
+            yield views
     finally:
         accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)  # takes autocast off the model's forward
         if plan.gradient_checkpointing:
             denoiser.disable_gradient_checkpointing()
+        if plan.compile:
+            for module in denoiser.modules():
+                module._compiled_call_impl = None  # what nn.Module.compile sets, and offers no way back from
         views.restore()
-        family.recall_encoders()
+        family.place()
 
 
 def _train(
@@ -188,8 +140,7 @@ def _train(
 ) -> TrainResult:
     """What `train` says, with the model already made trainable."""
     erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
-    family.release_encoders()
-    adam = torch.optim.Adam(views.parameters(), lr=plan.lr, betas=plan.betas)
+    adam = make_adam(plan, views.parameters())
     student, optimizer = accelerator.prepare(views.student, adam)
     identity = {
         "plan": json.loads(json.dumps(asdict(plan))),
@@ -197,7 +148,7 @@ def _train(
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-    first, earlier, filler = resume(run_dir / "state", views, adam, identity, erasing)
+    first, earlier = resume(run_dir / "state", views, adam, accelerator.scaler, identity, erasing)
     if first:
         accelerator.print(f"resuming after update {first} of {plan.updates}")
     log = Log(run_dir / "metrics.jsonl", first, plan.updates, enabled=accelerator.is_main_process)
@@ -208,8 +159,6 @@ def _train(
 
     with log, termination() as stopping:
         for step in range(first, plan.updates):
-            if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.begins(step):
-                filler = views.values()  # resuming amid this build needs the student that rolled it out
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, step)
             losses = torch.zeros(2, device=accelerator.device)  # erase, preserve
@@ -226,6 +175,8 @@ def _train(
             norm = accelerator.clip_grad_norm_(views.parameters(), plan.clip_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
+            if optimizer.step_was_skipped:  # fp16 overflowed and the scaler backs off: nothing moved, by no gradient
+                norm = torch.zeros(())
             moved = views.pull(learning_rate(plan, step) * plan.weight_decay)
             erase_loss, preserve_loss = accelerator.reduce(losses, "mean").tolist()
             metrics = {
@@ -247,8 +198,12 @@ def _train(
             accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=step + 1)
             stop = largest(accelerator, stopping())  # the signal that any process got, or 0
             if stop or (plan.save_every and (step + 1) % plan.save_every == 0 and step + 1 < plan.updates):
+                in_use: Mapping[str, Tensor] = {}
+                if plan.sampler == "student" and not erasing.begins(step + 1):
+                    in_use = erasing.in_use(accelerator.gather)  # the student that drew them is no more
                 if accelerator.is_main_process:
-                    save_state(run_dir / "state", state(step + 1, views, adam, identity, spent(), filler))
+                    done = state(step + 1, views, adam, accelerator.scaler, identity, spent(), in_use)
+                    save_state(run_dir / "state", done)
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(f"stopped after update {step + 1} of {plan.updates}; the same command resumes", stop)
@@ -276,9 +231,8 @@ def point_sources(
     Preserved points are always the teacher's, and so is all they say: they are what must not change.
 
     Raises:
-        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, the student would
-            fill a bank that lasts more than `MOST_STALE` updates, or the model knows no such null prompt or
-            embedded guidance.
+        UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the model knows no
+            such null prompt or embedded guidance.
     """
     objective, told = plan.objective, plan.objective.embedded_guidance
     if told != 1 and family.guidance != "distilled":
@@ -294,35 +248,23 @@ def point_sources(
 
     per_update = plan.batch_size * plan.gradient_accumulation * num_processes
 
-    def source(conditions: Conditions, sampler: Any, seed: int, wanted: Collection[Anchor] = ALL) -> Source:
+    def source(conditions: Conditions, by: str, seed: int, wanted: Collection[Anchor] = ALL) -> Source:
         how: Any = {"per_update": per_update, "seed": seed, "wanted": wanted}
         if not plan.rollouts:
-            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, **how)
-        return Bank(
-            family,
-            teacher,
-            conditions,
-            plan.sampling,
-            rollouts=plan.rollouts,
-            reuse=plan.reuse,
-            sampler=None if sampler is teacher else sampler,
-            **how,
-        )
+            sampler = student if by == "student" else teacher
+            return OnPolicy(family, teacher, sampler, conditions, plan.sampling, staleness=plan.staleness or 1, **how)
+        if by == "student":
+            how |= {"sampler": student, "staleness": plan.staleness}
+        return Bank(family, teacher, conditions, plan.sampling, rollouts=plan.rollouts, reuse=plan.reuse, **how)
 
     erase_from = encoded(plan.erase_from) if plan.erase_from else None
     conditions = Conditions(encoded(plan.prompts), null, erase_from, plan.sample_with, negative)
-    erasing = source(conditions, student if plan.sampler == "student" else teacher, plan.seed)
-    if plan.sampler == "student" and isinstance(erasing, Bank) and erasing.updates_per_build > MOST_STALE:
-        raise UserError(
-            f"trajectory.sampler=student with trajectory.rollouts={plan.rollouts}: the bank would last "
-            f"{erasing.updates_per_build} updates and the student outgrow it; allowed: up to {MOST_STALE}; set "
-            "trajectory.rollouts=0, which rolls out anew for every update, or fewer rollouts or reuse"
-        )
+    erasing = source(conditions, plan.sampler, plan.seed)
     if not plan.preserve:
         return erasing, None
     kept = Conditions(encoded(plan.preserve), null, negative=negative)
     itself: tuple[Anchor, ...] = ("concept",)  # here the prompt to preserve
-    return erasing, source(kept, teacher, seeding.derive(plan.seed, "preserve"), wanted=itself)
+    return erasing, source(kept, "teacher", seeding.derive(plan.seed, "preserve"), wanted=itself)
 
 
 def loss_terms(
@@ -374,56 +316,91 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     return plan.lr * shape[plan.lr_schedule]
 
 
+def make_adam(plan: TrainPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam, its moments float32, or in 8 bits for every tensor of 4096 values and more.
+
+    Raises:
+        UserError: no tensor is as large, so that 8 bits would change nothing.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022 (bitsandbytes).
+    """
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=plan.lr, betas=plan.betas)
+    from bitsandbytes.optim import Adam8bit
+
+    if all(parameter.numel() < LEAST_8BIT for parameter in parameters):
+        raise UserError(
+            f"training.optimizer=adam8bit changes nothing: no trained tensor has {LEAST_8BIT} values; set "
+            "training.optimizer=adam"
+        )
+    return Adam8bit(parameters, lr=plan.lr, betas=plan.betas, min_8bit_size=LEAST_8BIT)
+
+
 def state(
     step: int,
     views: Views,
-    adam: torch.optim.Adam,
+    adam: torch.optim.Optimizer,
+    scaler: Any,
     identity: Mapping[str, Any],
     seconds: float,
-    filler: Mapping[str, Tensor] | None,
+    in_use: Mapping[str, Tensor],
 ) -> State:
-    """What resuming after `step` updates needs: the student's weights, Adam's moments, the time spent.
+    """What resuming after `step` updates needs: the student's weights, all that Adam and fp16's scaler know, the time
+    spent.
 
-    And, where the student fills the bank, the weights it had when it filled the one in use.
+    And, where points that the student drew serve further updates, these points.
     """
-    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    groups: dict[str, dict[str, Tensor]] = {"student": views.values()}
+    stepped = 0
     for name, parameter in views.named_parameters().items():
-        for moment, tensors in moments.items():
-            tensors[name] = adam.state[parameter][moment]
-    groups: dict[str, Mapping[str, Tensor]] = {"student": views.values(), **moments}
-    if filler:
-        groups["filler"] = filler
-    return State(step, groups, {"identity": identity, "seconds": seconds})
+        for fact, value in adam.state[parameter].items():
+            if fact == "step":
+                stepped = int(value)
+            else:
+                groups.setdefault(ADAM + fact, {})[name] = value.to("cpu", copy=True)  # some are shared
+    if in_use:
+        groups["points"] = dict(in_use)
+    scale = scaler.state_dict() if scaler else None
+    return State(step, groups, {"identity": identity, "seconds": seconds, "stepped": stepped, "scaler": scale})
 
 
 def resume(
-    folder: Path, views: Views, adam: torch.optim.Adam, identity: Mapping[str, Any], erasing: Source
-) -> tuple[int, float, Mapping[str, Tensor] | None]:
-    """Puts the newest valid state into the student, Adam and a bank that the student filled.
+    folder: Path,
+    views: Views,
+    adam: torch.optim.Optimizer,
+    scaler: Any,
+    identity: Mapping[str, Any],
+    erasing: Source,
+) -> tuple[int, float]:
+    """Puts the newest valid state into the student, Adam, fp16's scaler and the source of points that the
+    student drew.
 
     Returns:
-        (updates done, seconds spent, the weights that filled the bank if there are any); zeros where no state is.
+        (updates done, seconds spent); zeros where no state is.
 
     Raises:
         UserError: the state is of another plan, base, number of processes or mixed precision.
     """
     saved = load_state(folder)
     if saved is None:
-        return 0, 0.0, None
+        return 0, 0.0
     if saved.facts["identity"] != identity:
         raise UserError(
             f"{folder} holds the state of another plan, base, number of processes or mixed precision; "
             "choose another run_dir, or remove it"
         )
-    filler = saved.tensors.get("filler")
-    if filler and isinstance(erasing, Bank) and not erasing.begins(saved.step):
-        views.load_values(filler)
-        erasing.points(saved.step, [0])  # builds it
+    if in_use := saved.tensors.get("points"):
+        erasing.put_back(saved.step, in_use)
     views.load_values(saved.tensors["student"])
+    stepped = saved.facts["stepped"]  # fewer than updates where fp16 overflowed
+    facts = {group.removeprefix(ADAM): found for group, found in saved.tensors.items() if group.startswith(ADAM)}
     for name, parameter in views.named_parameters().items():
-        moments = {moment: saved.tensors[moment][name].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
-        adam.state[parameter] = {"step": torch.tensor(float(saved.step)), **moments}
-    return saved.step, float(saved.facts["seconds"]), filler
+        if known := {fact: found[name].to(parameter.device) for fact, found in facts.items() if name in found}:
+            step = torch.tensor(float(stepped)) if isinstance(adam, torch.optim.Adam) else stepped  # one for each
+            adam.state[parameter] = {"step": step, **known}
+    if scaler:
+        scaler.load_state_dict(saved.facts["scaler"])
+    return saved.step, float(saved.facts["seconds"])
 
 
 def provenance(
@@ -453,72 +430,3 @@ def largest(accelerator: Any, number: int) -> int:
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-
-
-def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
-    """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
-
-    Raises:
-        UserError: the selection matches nothing, no latents have the size asked for, or see `point_sources`.
-    """
-    erasing, preserving = point_sources(family, plan, None, None, num_processes)
-    objective, sampling = plan.objective, plan.sampling
-    chosen = family.select(plan.selection)
-    selection = chosen.describe().replace("\n", f"\n{'':11}")
-    points = plan.batch_size * plan.gradient_accumulation * num_processes
-    shared = f" in {num_processes} processes" if num_processes > 1 else ""
-    anew = "anew for every update"
-    bank = f"a bank of {plan.rollouts} rollouts, each point used up to {plan.reuse} times"
-    if plan.sampler == "student" and isinstance(erasing, Bank):
-        bank += f", up to {erasing.updates_per_build - 1} updates stale"
-    cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
-    _, height, width = family.latent_shape(sampling.size)
-    revision = f" at {family.base_revision}" if family.base_revision else ""
-    guidance = {
-        "cfg": f"at guidance {sampling.guidance_scale:g}" if sampling.guidance_scale > 1 else "without guidance",
-        "distilled": f"told guidance {sampling.guidance_scale:g} "
-        f"(teacher and student: {objective.embedded_guidance:g})",
-        "none": "without guidance",
-    }[family.guidance]
-    lines = {
-        "erase": ", ".join(plan.concepts),
-        "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
-        "train": selection,
-        "adapter": plan.lora and adapter(family, chosen.names, plan.lora),
-        "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
-        "from": listed(plan.erase_from),
-        "preserve": preserving
-        and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
-        "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
-        "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps {guidance}, "
-        f"latents {height} x {width}, {bank if plan.rollouts else anew}",
-        "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
-    }
-    warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
-    warnings += [f"{'mind':<10} {told}" for told in family.advice(sampling.num_steps, sampling.guidance_scale)]
-    return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
-
-
-def adapter(family: Family, names: Sequence[str], how: Lora) -> str:
-    """What an adapter on these parameters trains, and what it leaves as it is.
-
-    Raises:
-        UserError: see `esd.lora.matrices`.
-    """
-    beside = len(lora.matrices(family.denoiser, names))
-    left = f"; {len(names) - beside} biases, norms and embeddings stay" if beside < len(names) else ""
-    values = lora.size(family.denoiser, names, how.rank)
-    return f"LoRA of rank {how.rank}, alpha {how.alpha:g}, beside {beside} matrices: {values:,} values{left}"
-
-
-def used(source: Source, texts: Sequence[str], updates: int) -> str:
-    """How many different prompts the run trains on, where those are not all."""
-    visited, different = {texts[row] for row in source.visited(updates)}, set(texts)
-    return "" if visited == different else f"; uses {len(visited)} of {len(different)} prompts"
-
-
-def listed(texts: Sequence[str], most: int = 6) -> str:
-    """The different texts, the first few spelled out and the rest counted."""
-    different = list(dict.fromkeys(texts))
-    rest = f" and {len(different) - most} more" if len(different) > most else ""
-    return ", ".join(repr(text) for text in different[:most]) + rest

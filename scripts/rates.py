@@ -31,8 +31,8 @@ TITLES = {
 
 
 def percent(rate: float) -> str:
-    """A rate in [0, 1] as a whole percentage."""
-    return f"{100 * rate:.0f}%"
+    """A rate in [0, 1] as a percentage; below 10% with two digits, for there they matter."""
+    return f"{100 * rate:{'.2g' if rate < 0.1 else '.0f'}}%"
 
 
 def known_rates(summary: Mapping) -> dict[str, Mapping]:

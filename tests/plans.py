@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from esd.objectives import Objective
+from esd.plan import TrainPlan
 from esd.sources import Sampling
-from esd.trainer import TrainPlan
 
 SAMPLING = Sampling(
     num_steps=3, guidance_scale=3.0, time_rule="visited", scheduler=None, max_batch=64, size=None, negative=None,
@@ -21,6 +21,7 @@ PLAN = TrainPlan(
     objective=Objective(),
     sampling=SAMPLING,
     sampler="teacher",
+    staleness=None,
     sample_with="erase_from",
     rollouts=3,
     reuse=2,
@@ -33,7 +34,9 @@ PLAN = TrainPlan(
     betas=(0.9, 0.999),
     weight_decay=0.0,
     clip_norm=1.0,
+    optimizer="adam",
     gradient_checkpointing=False,
+    compile=False,
     save_every=0,
     seed=0,
 )

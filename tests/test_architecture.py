@@ -21,7 +21,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "objectives", "seeding", "selection"),
     1: ("families", "weights", "lora"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress"),
-    3: ("trainer", "evaluation"),
+    3: ("plan", "trainer", "description", "memory", "evaluation"),
     4: ("config", "run", "model", "main", "train", "generate", "files", "cli"),
 }
 PROGRAMS = ("train", "generate", "files", "cli")

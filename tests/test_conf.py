@@ -1,6 +1,7 @@
 """Every file in conf/ composes, opens with the command that runs it, and shows in --help."""
 
 import dataclasses
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from esd.config import GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
@@ -165,5 +167,15 @@ TYPED = [(page, *found) for page in PAGES for found in COMMAND.findall(page.read
 @pytest.mark.parametrize(("page", "name", "typed"), TYPED, ids=lambda value: getattr(value, "name", value))
 def test_every_command_that_a_page_shows_is_one_that_runs(page: Path, name: str, typed: str) -> None:
     words = [word for word in shlex.split(typed) if not word.startswith("-") and "=" in word]
-    config = composed(name, words)
-    config.check()
+    for job in jobs(words) if "--multirun" in typed else [words]:
+        composed(name, job).check()
+
+
+def jobs(words: list[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep."""
+    told = OverridesParser.create().parse_overrides(words)
+    choices = [
+        [f"{one.key_or_group}={value}" for value in one.sweep_string_iterator()] if one.is_sweep_override() else [word]
+        for word, one in zip(words, told, strict=True)
+    ]
+    return [list(job) for job in itertools.product(*choices)]

@@ -45,6 +45,8 @@ def config(**settings: object) -> TrainConfig:
         ({"objective__eta": -1.0}, "objective.eta=-1.0"),
         ({"objective__anchor": "cat"}, "null, concept"),
         ({"trajectory__num_steps": 0}, "trajectory.num_steps=0"),
+        ({"trajectory__staleness": 4}, "trajectory.staleness=4 with trajectory.sampler=teacher"),
+        ({"trajectory__sampler": "student", "trajectory__staleness": 0}, "trajectory.staleness=0"),
         ({"training__updates": 0}, "training.updates=0"),
         ({"training__lr": 0.0}, "training.lr=0.0"),
         ({"training__betas": [0.9, 1.0]}, "training.betas"),

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import esd
 from esd import checkpoint, seeding, trainer
+from esd.description import describe
 from esd.errors import UserError
 from esd.families import Family, family_of, load_pipeline
 from esd.objectives import Objective
@@ -434,16 +435,16 @@ def test_points_shown_unscaled_are_larger_by_what_euler_divides_by_and_nothing_i
 def test_only_a_model_distilled_for_it_can_be_told_a_guidance_scale() -> None:
     plan = dataclasses.replace(LONG, objective=Objective(embedded_guidance=3.5))
     with pytest.raises(UserError, match=r"embedded_guidance=3.5: stable-diffusion-xl is not told"):
-        trainer.describe(shared("sdxl"), plan)
-    assert "told guidance 3 (teacher and student: 3.5)" in trainer.describe(shared("flux-dev"), plan)
+        describe(shared("sdxl"), plan)
+    assert "told guidance 3 (teacher and student: 3.5)" in describe(shared("flux-dev"), plan)
 
 
 def test_guidance_that_a_model_does_not_want_is_legal_and_told() -> None:
-    assert "mind" in trainer.describe(shared("sdxl-turbo"), LONG)
-    assert "mind" in trainer.describe(shared("flux-schnell"), LONG)
-    assert "mind" not in trainer.describe(shared("sdxl"), LONG)
+    assert "mind" in describe(shared("sdxl-turbo"), LONG)
+    assert "mind" in describe(shared("flux-schnell"), LONG)
+    assert "mind" not in describe(shared("sdxl"), LONG)
     quiet = dataclasses.replace(LONG, sampling=dataclasses.replace(SAMPLING, num_steps=2, guidance_scale=0.0))
-    told = trainer.describe(shared("sdxl-turbo"), quiet)
+    told = describe(shared("sdxl-turbo"), quiet)
     assert "mind" not in told and "in 2 steps without guidance" in told
 
 
@@ -456,14 +457,33 @@ def test_what_no_text_encoder_reads_is_told(name: str) -> None:
     assert cut and end.strip().endswith(cut)
 
 
-def test_encoders_and_vae_come_back_beside_the_denoiser() -> None:
-    family = make("sd3")
-    family.release_encoders()
-    family.denoiser.to("meta")  # stands in for a card
-    family.recall_encoders()
+@pytest.mark.parametrize("phase", [(), ("encoders",), ("denoiser",), ("denoiser", "vae")])
+def test_what_a_phase_needs_is_on_the_device_and_the_rest_on_the_cpu(phase: tuple[Any, ...]) -> None:
+    pipe = tiny.every("sd3")
+    family = family_of(pipe, "meta")  # stands in for a card
+    family.place(*phase)
+    there = {name for name in ("encoders", "denoiser", "vae") if name in phase}
+    expected = {
+        "encoders": [pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3],
+        "denoiser": [pipe.transformer],
+        "vae": [pipe.vae],
+    }
+    for part, modules in expected.items():
+        assert {next(module.parameters()).device.type for module in modules} == {"meta" if part in there else "cpu"}
+
+
+def test_every_part_works_only_in_a_phase_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training goes through them: the encoders, then the denoiser, and never both."""
+    family, now, used = make("flux-dev"), ["all"], []
+    place = family.place
+    monkeypatch.setattr(family, "place", lambda *parts: (place(*parts), now.append(" ".join(parts))))
     pipe = family.pipe
-    parts = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3, pipe.vae)
-    assert {next(part.parameters()).device.type for part in parts} == {"meta"}
+    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: used.append((now[-1], name)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer.train(family, dataclasses.replace(LONG, updates=1), tmp_path, Accelerator(cpu=True))
+    assert now == ["all", "encoders", "denoiser", ""]
+    assert set(used) == {("encoders", "text_encoder"), ("encoders", "text_encoder_2"), ("denoiser", "transformer")}
 
 
 def test_the_family_that_the_docs_add_draws_what_its_pipeline_draws() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import esd
 from esd import checkpoint, lora, trainer
+from esd.description import describe
 from esd.errors import UserError
 from esd.families import family_of
 from esd.lora import Lora, LoraViews, LowRank
@@ -137,10 +138,10 @@ def test_the_file_holds_factors_and_says_which_base(tmp_path: Path) -> None:
 
 def test_the_plan_says_what_an_adapter_trains_and_what_it_cannot() -> None:
     family = family_of(tiny.pipeline())
-    told = trainer.describe(family, dataclasses.replace(THIN, selection="cross"))
+    told = describe(family, dataclasses.replace(THIN, selection="cross"))
     assert "LoRA of rank 3, alpha 6" in told and "biases, norms and embeddings stay" in told
     with pytest.raises(UserError, match="weights=lora: the selection holds no linear or convolution weight"):
-        trainer.describe(family, dataclasses.replace(THIN, selection="name:*norm*"))
+        describe(family, dataclasses.replace(THIN, selection="name:*norm*"))
 
 
 def test_a_model_that_wears_an_adapter_is_refused() -> None:

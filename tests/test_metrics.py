@@ -176,6 +176,8 @@ def test_rates_are_refused_with_their_reason() -> None:
     assert "no vocabulary" in str(known_targets(["cat"], None, judge)[1])
     assert known_targets(["ink"], VOCABULARY, judge, ["odd cat"]) == ([Target("style", "ink", "cat")], None)
     assert "erased from 'a dog'" in str(known_targets(["cat"], VOCABULARY, judge, ["a dog"])[1])
+    assert "erased from 'dog in mosaic'" in str(known_targets(["cat"], VOCABULARY, judge, ["dog in mosaic"])[1])
+    assert "never saw 'cat' in 'neon'" in str(known_targets(["neon"], VOCABULARY, judge, ["cat"])[1])
 
 
 @pytest.mark.parametrize("concept", ["dog", "Dogs", "a brown dog", "fruit", "Van Gogh's portrait", "lakes"])
@@ -211,5 +213,10 @@ def test_the_preview_of_a_thing_runs_across_styles_and_of_a_style_across_things(
     lines, columns = preview_lines(["ink"], VOCABULARY, 2)
     assert [line.role for line in lines] == ["target", "neighbour", "neighbour", "neighbour", "unrelated"]
     assert columns == ["cat", "cow"] and lines[-1].prompts == ("one cat", "one cow")
+    targets = [Target("style", "ink", "rose"), Target("style", "chalk", "rose"), Target("thing", "cat", "neon")]
+    assert preview_lines(["ink", "chalk", "cat"], VOCABULARY, 2, targets)[1] == [
+        "rose",
+        "dog",
+    ]  # what it is erased from
     lines, columns = preview_lines(["van gogh"], None, 2)
     assert lines[0].prompts == ("van gogh", "van gogh") and columns == ["seed 1", "seed 2"]

@@ -48,6 +48,19 @@ def on_policy(family: Family, c: Conditions, s: Sampling, sampler: Any = None, *
     return OnPolicy(family, family.denoiser, sampler or family.denoiser, c, s, **how)
 
 
+def on_policy_for_three(family: Family, c: Conditions, s: Sampling, **more: Any) -> OnPolicy:
+    """On policy, the points of three updates drawn at once."""
+    return on_policy(family, c, s, staleness=3, **more)
+
+
+def students_bank(family: Family, c: Conditions, s: Sampling, **more: Any) -> Bank:
+    """A bank that a student fills and that is thrown away after two updates, whatever is left in it."""
+    return bank(family, c, s, sampler=Counting(family), staleness=2, **more)
+
+
+MAKERS = [bank, on_policy, on_policy_for_three, students_bank]
+
+
 def assert_complete(family: Family, points: Points, c: Conditions) -> None:
     """Every prediction is the teacher's own at (x, t), for the point's own prompt."""
     expected = {"concept": c.concept, "null": c.null[[0] * len(c.concept)], "erase_from": c.erase_from}
@@ -176,12 +189,14 @@ def test_a_window_of_a_deal_is_a_sample_of_the_whole_list() -> None:
     assert max(dealt(0, range(24), 1060)) > 800
 
 
-@pytest.mark.parametrize("make", [bank, on_policy])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("updates", [1, 2, 5])
 def test_the_prompts_said_to_be_visited_are_those_of_the_points(tiny_family: Family, make: Any, updates: int) -> None:
     many = [f"{'a ' * n}cat" for n in range(25)]
-    more = {"rollouts": 2, "reuse": 2, "per_update": 3} if make is bank else {"per_update": 3}
-    source = make(tiny_family, Conditions(tiny_family.encode(many), tiny_family.encode([""])), sampling(), **more)
+    more = {"rollouts": 2, "reuse": 2} if make in (bank, students_bank) else {}
+    source = make(
+        tiny_family, Conditions(tiny_family.encode(many), tiny_family.encode([""])), sampling(), per_update=3, **more
+    )
     seen = {p for step in range(updates) for p in source.points(step, range(3)).prompt.tolist()}
     assert source.visited(updates) == seen
     assert len(source.visited(10_000)) == 25
@@ -192,7 +207,7 @@ def test_a_bank_that_cannot_fill_an_update_says_so(tiny_family: Family) -> None:
         bank(tiny_family, conditions(tiny_family), sampling(), rollouts=1, reuse=1)
 
 
-@pytest.mark.parametrize("make", [bank, on_policy])
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_resumed_run_replays_its_draws(tiny_family: Family, make: Any) -> None:
     c = conditions(tiny_family)
     for case in ({}, {"time_rule": "compvis"}, {"scheduler": "euler_a"}):
@@ -202,7 +217,7 @@ def test_a_resumed_run_replays_its_draws(tiny_family: Family, make: Any) -> None
         same(points, resumed.points(6, range(8)), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("make", [bank, on_policy])
+@pytest.mark.parametrize("make", MAKERS)
 def test_shards_of_an_update_are_those_of_the_whole(tiny_family: Family, make: Any) -> None:
     c = conditions(tiny_family)
     for case in ({}, {"time_rule": "compvis"}, {"scheduler": "euler_a"}):
@@ -211,14 +226,14 @@ def test_shards_of_an_update_are_those_of_the_whole(tiny_family: Family, make: A
         same(source.points(2, [6, 3, 4]), whole[[6, 3, 4]], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [bank, on_policy])
+@pytest.mark.parametrize("make", MAKERS)
 def test_another_seed_draws_other_points(tiny_family: Family, make: Any) -> None:
     c = conditions(tiny_family)
     one, other = (make(tiny_family, c, sampling(), seed=seed).points(0, range(8)) for seed in (1, 2))
     assert not torch.equal(one.x, other.x)
 
 
-@pytest.mark.parametrize("make", [bank, on_policy])
+@pytest.mark.parametrize("make", MAKERS)
 def test_every_time_is_drawn(tiny_family: Family, make: Any) -> None:
     source = make(tiny_family, conditions(tiny_family), sampling(num_steps=3))
     drawn = Counter(t for step in range(6) for t in source.points(step, range(8)).t.tolist())
@@ -270,6 +285,90 @@ def test_a_bank_rolled_out_by_the_student_asks_the_teacher() -> None:
         family, views.teacher, c, sampling(), rollouts=2, reuse=2, per_update=8, seed=5, sampler=views.student
     )
     assert_complete(family_of(tiny.pipeline()), source.points(0, range(8)), c)
+
+
+def moved(views: WeightViews) -> None:
+    """A student that an update has changed."""
+    with torch.no_grad():
+        for parameter in views.parameters():
+            parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize("make", [OnPolicy, Bank])
+def test_points_serve_as_many_updates_as_they_may_and_then_the_student_draws_anew(make: Any) -> None:
+    family = family_of(tiny.pipeline())
+    views = WeightViews(family.denoiser, family.select("esd_x").names)
+    how: dict[str, Any] = {"per_update": 8, "seed": 5, "staleness": 2}
+
+    def source() -> Any:
+        if make is Bank:
+            how.update(rollouts=6, reuse=2, sampler=views.student)
+            return Bank(family, views.teacher, conditions(family), sampling(), **how)
+        return OnPolicy(family, views.teacher, views.student, conditions(family), sampling(), **how)
+
+    stale, early, late = source(), source(), source()
+    steps = [early.points(step, range(8)) for step in range(4)]
+    same(steps[0], stale.points(0, range(8)), atol=0, rtol=0)
+    moved(views)
+    same(steps[1], stale.points(1, range(8)), atol=0, rtol=0)
+    after = stale.points(2, range(8))
+    same(after, late.points(2, range(8)), atol=0, rtol=0)
+    assert not torch.equal(after.x, steps[2].x) and torch.equal(after.t, steps[2].t)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_points_in_use_are_put_back_into_another_sitting(tiny_family: Family, make: Any) -> None:
+    c = conditions(tiny_family)
+    first, second, later = (make(tiny_family, c, sampling()) for _ in range(3))
+    drawn = first.points(3, range(5)), second.points(3, range(5, 8))  # two processes
+    if make in (bank, students_bank):
+        told = first.in_use(lambda tensor: tensor)
+    else:
+        others = iter(second.in_use(lambda tensor: tensor).values())
+        told = first.in_use(lambda tensor: torch.cat([tensor, next(others)]))
+    later.sampler = None  # so that nothing can be drawn
+    later.put_back(3, {name: tensor.clone() for name, tensor in told.items()})
+    same(later.points(3, range(8)), Points.cat(drawn), atol=0, rtol=0)
+
+
+def test_the_points_of_several_updates_are_those_of_each_but_drawn_at_once(tiny_family: Family) -> None:
+    c, one, many = conditions(tiny_family), Counting(tiny_family), Counting(tiny_family)
+    anew = on_policy(tiny_family, c, sampling(), one)
+    at_once = on_policy(tiny_family, c, sampling(), many, staleness=4)
+    for step in range(6):  # more than one build, and the second one cut short
+        same(at_once.points(step, range(8)), anew.points(step, range(8)), atol=1e-4, rtol=1e-3)
+    assert many.calls <= 2 * 4 < one.calls  # builds x steps
+    fresh = on_policy(tiny_family, c, sampling(), staleness=4)
+    for micro in (range(5, 8), range(5)):  # forward passes and processes ask for their own share
+        same(fresh.points(4, micro), at_once.points(4, range(8))[micro], atol=1e-4, rtol=1e-3)
+        same(fresh.points(5, micro), at_once.points(5, range(8))[micro], atol=1e-4, rtol=1e-3)
+
+
+def test_a_bank_thrown_away_early_serves_points_of_all_rollouts_and_times(tiny_family: Family) -> None:
+    c = Conditions(tiny_family.encode([f"{'a ' * n}cat" for n in range(6)]), tiny_family.encode([""]))
+    teacher, student = Counting(tiny_family), Counting(tiny_family)
+    source = bank(
+        tiny_family, c, sampling(num_steps=8), teacher, sampler=student, per_update=9, reuse=3, staleness=2
+    )  # fmt: skip
+    assert source.updates_per_build == 2 and source.size == 48
+    times: Counter[float] = Counter()
+    for build in range(4):
+        parts = [source.points(step, range(9)) for step in (2 * build, 2 * build + 1)]
+        points = Points.cat(parts)
+        assert len(points.x.flatten(1).unique(dim=0)) == 18  # none serves twice while others wait
+        assert set(points.prompt.tolist()) == set(range(6))  # there is one rollout for each prompt
+        assert not torch.equal(parts[0].t, parts[0].t.sort().values)
+        times.update(points.t.tolist())
+    assert len(times) == 8 and max(times.values()) <= 3 * min(times.values())
+    assert student.rows == 4 * 2 * 48  # whole rollouts with guidance
+    assert teacher.rows == 4 * 2 * 18  # but the teacher is asked about the points that serve
+
+
+def test_a_small_bank_is_used_up_before_it_is_stale(tiny_family: Family) -> None:
+    c = conditions(tiny_family)
+    assert students_bank(tiny_family, c, sampling(), rollouts=2, reuse=1).updates_per_build == 1
+    assert bank(tiny_family, c, sampling(), staleness=100).updates_per_build == 6
+    assert on_policy(tiny_family, c, sampling()).updates_per_build == 1
 
 
 def test_rollouts_follow_the_prompt_erased_from_unless_told_otherwise(tiny_family: Family) -> None:

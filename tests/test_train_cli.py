@@ -173,6 +173,22 @@ def test_a_plan_is_told_and_nothing_is_written(command: Command) -> None:
     assert "cross.k: 4 tensors" in ended.out and "% of UNet2DConditionModel" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["trajectory=on_policy"], "anew for every update"),
+        (["trajectory=on_policy", "trajectory.staleness=4"], "anew for every 4 updates"),
+        (["trajectory.sampler=student", "trajectory.rollouts=40"], "anew for every 8 updates"),
+        (["trajectory=student_bank", "trajectory.rollouts=40", "trajectory.staleness=2"], "anew for every 2 updates"),
+    ],
+)
+def test_points_drawn_by_the_student_serve_one_update_or_with_a_bank_eight(
+    command: Command, settings: list[str], told: str
+) -> None:
+    ended = train(command, "trajectory.rollouts=0", *settings, "plan_only=true")
+    assert ended.code == 0 and told in ended.out, ended.err
+
+
 def test_what_is_erased_from_is_the_anchor_that_the_plan_and_the_checkpoint_name(command: Command) -> None:
     ended = train(command, "erase_from=[dog]", "objective.anchor=concept")
     assert ended.code == 0 and "anchor erase_from, eta 1" in ended.out
@@ -333,8 +349,12 @@ def test_ctrl_c_ends_in_one_line_and_a_state_to_go_on_from(command: Command) -> 
 
 
 @pytest.mark.slow(reason="starts two Pythons of its own, which import torch")
-def test_two_processes_train_what_one_would_into_one_directory(command: Command) -> None:
-    settings = ("concepts=[cat]", *FAST, "training.lr=1e-4", "prompts=['{}','a {}']")
+@pytest.mark.parametrize(
+    "sampling", [(), ("trajectory=on_policy", "trajectory.staleness=2")], ids=["bank", "stale student"]
+)
+def test_two_processes_train_what_one_would_into_one_directory(command: Command, sampling: tuple[str, ...]) -> None:
+    told = ("training.lr=1e-4", "training.save_every=1", "prompts=['{}','a {}']")
+    settings = ("concepts=[cat]", *(word for word in FAST if "rollouts" not in word), *sampling, *told)
     assert command("train", *settings, "training.batch_size=6", "run_dir=runs/one").code == 0
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "esd.train")
     process = started(command, *launch, *settings, "training.batch_size=3", "run_dir=runs/two")

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from esd import checkpoint, trainer
+from esd.description import describe
 from esd.errors import UserError
 from esd.families import Family, family_of
 from esd.objectives import Objective
+from esd.plan import TrainPlan
 from esd.storage import load_state
-from esd.trainer import TrainPlan
 from tests import tiny
 from tests.plans import PLAN
 
@@ -110,16 +111,25 @@ def test_nothing_to_push_away_from_means_nothing_to_learn(tmp_path: Path) -> Non
     assert metrics(tmp_path)[0]["loss"] < 1e-10
 
 
+STALE = {"sampler": "student", "staleness": 2, "objective": Objective(eta=20.0)}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"sampler": "student", "rollouts": 0},
-        {"sampler": "student", "objective": Objective(eta=20.0)},  # stopped amid a bank of the student
+        {"sampler": "student", "staleness": 1, "rollouts": 0},
+        {**STALE, "rollouts": 0},
+        {**STALE, "rollouts": 0, "gradient_accumulation": 2, "preserve": ("a dog", "a rose")},
+        {**STALE, "staleness": 8, "rollouts": 2, "reuse": 1},  # a bank that is used up after two updates
+        STALE,
         {"sampler": "teacher", "rollouts": 0, "gradient_accumulation": 2},
         {"preserve": ("a dog", "a rose"), "weight_decay": 0.1, "lr_schedule": "cosine", "warmup": 1},
     ],
-    ids=["bank", "student", "student's bank", "teacher", "preserve"],
+    ids=[
+        *("bank", "student", "stale student", "stale student in passes", "student's bank", "student's bank cut short"),
+        *("teacher", "preserve"),
+    ],
 )
 def test_stopping_and_resuming_equals_never_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any
@@ -129,12 +139,12 @@ def test_stopping_and_resuming_equals_never_stopping(
 
     def write_then_stop(log: trainer.Log, line: dict[str, float]) -> None:
         write(log, line)
-        if line["step"] == 2:
+        if line["step"] == 3:  # amid the second pair of updates: the student that drew its points is not the base
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Log, "write", write_then_stop)
-        with pytest.raises(trainer.Stopped, match="after update 2 of 4"):
+        with pytest.raises(trainer.Stopped, match="after update 3 of 4"):
             run(tmp_path / "parts", plan(**changes))
     assert not (tmp_path / "parts" / "erased.safetensors").exists()
     parts = run(tmp_path / "parts", plan(**changes))
@@ -280,24 +290,50 @@ def test_whatever_ends_training_the_model_is_the_base_again(
         assert torch.equal(model.predict(denoiser, *inputs), fresh.predict(fresh.denoiser, *inputs))
 
 
-def test_a_bank_by_the_student_must_be_rebuilt_often() -> None:
-    with pytest.raises(UserError, match=r"last 9 updates.*trajectory\.rollouts=0"):
-        trainer.describe(family(), plan(sampler="student", rollouts=3, reuse=3))
-    assert "up to 5 updates stale" in trainer.describe(family(), plan(sampler="student"))
-    assert "stale" not in trainer.describe(family(), plan(sampler="student", rollouts=0))
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"staleness": 1, "rollouts": 0}, "anew for every update"),
+        ({"staleness": 4, "rollouts": 0}, "anew for every 4 updates"),
+        (
+            {"staleness": 8, "rollouts": 3},
+            "a bank of 3 rollouts, each of its 9 points used up to 2 times, anew for every 6 updates",
+        ),
+        (
+            {"staleness": 2, "rollouts": 3},
+            "a bank of 3 rollouts, 6 of its 9 points used once, anew for every 2 updates",
+        ),
+    ],
+)
+def test_the_description_says_how_long_points_by_the_student_serve(changes: Any, told: str) -> None:
+    assert told in describe(family(), plan(sampler="student", **changes))
+
+
+@pytest.mark.parametrize("changes", [{"staleness": 1}, {"sampler": "student"}])
+def test_points_grow_stale_where_the_student_draws_them_and_only_there(changes: Any) -> None:
+    with pytest.raises(UserError, match="go together"):
+        plan(**changes)
+
+
+def test_only_points_that_cannot_be_drawn_again_are_kept_for_resuming(tmp_path: Path) -> None:
+    for staleness, kept in ((1, False), (3, True)):
+        folder = tmp_path / str(staleness)
+        run(folder, plan(sampler="student", staleness=staleness, rollouts=0, save_every=2))
+        state = load_state(folder / "state")
+        assert state is not None and ("points" in state.tensors) is kept
 
 
 def test_the_description_names_what_is_trained() -> None:
-    told = trainer.describe(family(), PLAN)
+    told = describe(family(), PLAN)
     assert "cross.k + cross.v: 8 tensors" in told and "'cat', 'a cat'" in told and "4 of 3 points" in told
     assert "uses" not in told and "not read" not in told and "processes" not in told
-    assert "4 of 6 points in 2 processes" in trainer.describe(family(), PLAN, 2)
+    assert "4 of 6 points in 2 processes" in describe(family(), PLAN, 2)
 
 
 @pytest.mark.parametrize("rollouts", [0, 3])
 def test_the_description_counts_the_prompts_a_run_will_visit_and_tells_what_is_cut(rollouts: int) -> None:
     many = tuple("a " * n + "dog" for n in range(9)) * 6
     long = "a photo of the dog in mosaic style in the cat style"
-    told = trainer.describe(family(), plan(preserve=(*many, long), updates=1, rollouts=rollouts))
+    told = describe(family(), plan(preserve=(*many, long), updates=1, rollouts=rollouts))
     assert re.search(r"preserve .*; uses [123] of 10 prompts, weight 1", told)
     assert told.splitlines()[-1].split(None, 1) == ["cut", f"{long!r} is too long; not read: 'cat style'"]

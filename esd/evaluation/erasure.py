@@ -91,7 +91,7 @@ def evaluate(
     wanted = (target_images, retained_images, implied_images)
     rows = exam(vocabulary, targets, *wanted) if vocabulary and not reason else []
     reason = reason or (None if rows else "no evaluation images were asked for")
-    lines, columns = preview_lines(concepts, vocabulary, preview_images, [t.within for t in targets if t.within])
+    lines, columns = preview_lines(concepts, vocabulary, preview_images, targets)
     prompts = [row.prompt for row in rows] + [prompt for line in lines for prompt in line.prompts]
     seeds = [row.evaluation_seed for row in rows] + [FIRST_SEED - 1 - i for _ in lines for i in range(len(columns))]
 
@@ -137,6 +137,10 @@ def known_targets(
     targets = vocabulary.targets(concepts, erase_from)
     if erase_from and (lost := [text for target, text in zip(targets, erase_from, strict=True) if not target.within]):
         return [], f"erased from {lost[0]!r}: only a style erased from a thing, or a thing from a style, is read"
+    for target in targets:
+        pair = (target.name, target.within) if target.domain == "thing" else (target.within, target.name)
+        if pair in vocabulary.held_out_pairs:
+            return [], f"the base never saw {pair[0]!r} in {pair[1]!r} together, so that there is nothing to read"
     return targets, None
 
 
@@ -199,13 +203,13 @@ def exam(
 
 
 def preview_lines(
-    concepts: Sequence[str], vocabulary: Vocabulary | None, columns: int, first: Sequence[str] = ()
+    concepts: Sequence[str], vocabulary: Vocabulary | None, columns: int, targets: Sequence[Target] = ()
 ) -> tuple[list[Line], list[str]]:
     """The preview's rows, and a label for each column.
 
     A thing is shown across styles, a style across things: the target, three neighbours, then what is
-    unrelated (things of other groups; the same things without a style). What stands `first` does so across: what a
-    concept was erased from. Without a vocabulary the
+    unrelated (things of other groups; the same things without a style). What `targets` were erased from comes first
+    across. Without a vocabulary the
     columns are seeds, and what is unrelated are everyday prompts, without those that name what is erased.
     """
     found = vocabulary.find(concepts[0]) if vocabulary else None
@@ -216,6 +220,7 @@ def preview_lines(
     domain, entry = found
     erased_names = {other[1].name for concept in concepts if (other := vocabulary.find(concept))}
     near = [name for name in vocabulary.neighbours(domain, entry.name) if name not in erased_names]
+    first = dict.fromkeys(target.within for target in targets if target.within and target.domain == domain)
     others = _spread_names(vocabulary.names(OTHER[domain], but={*erased_names, *first}), max(0, columns - len(first)))
     across = [*first, *others][:columns]
     both, alone = vocabulary.phrasings["held_out"]["both"][0], vocabulary.phrasings["held_out"]["thing"][0]
@@ -228,12 +233,12 @@ def preview_lines(
             tuple(say(both, {"thing": thing, "style": style}) for thing, style in pairs),
         )
 
-    targets = [
+    shown = [
         name
         for concept in concepts
         if (other := vocabulary.find(concept)) and other[0] == domain and (name := other[1].name)
     ]
-    lines = [*(line(name, "target") for name in targets), *(line(name, "neighbour") for name in near[:3])]
+    lines = [*(line(name, "target") for name in shown), *(line(name, "neighbour") for name in near[:3])]
     if domain == "thing":
         lines += [line(name, "unrelated") for name in near[3:][-2:]]
     else:

@@ -130,7 +130,9 @@ class Vocabulary:
         for concept, text in zip(concepts, erase_from or [""] * len(concepts), strict=True):
             if found := self.find(concept):
                 domain, entry = found
-                targets.append(Target(domain, entry.name, self.named(text).get(OTHER[domain])))
+                told = self.named(text)
+                own = told.get(domain, entry.name) == entry.name  # not another's: "dog in the mosaic style" for a cat
+                targets.append(Target(domain, entry.name, told.get(OTHER[domain]) if own else None))
         return targets
 
     def named(self, text: str) -> dict[str, str]:

@@ -71,20 +71,18 @@ def check_model(path: str | Path, *, setting: str = "model.path") -> None:
 def load_pipeline(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
     revision: str | None = None,
     *,
     setting: str = "model.path",
 ) -> Any:
-    """The stock diffusers pipeline at a local directory or hub id, without its safety checker, progress bar
-    off.
+    """The stock diffusers pipeline at a local directory or hub id, on the CPU, without its safety checker, progress
+    bar off.
 
     Only safetensors are read, and no code that comes with a model is run.
 
     Args:
         path: directory that holds model_index.json, or "org/model".
         dtype: floating-point type of the weights.
-        device: where to put them.
         revision: commit of the hub repository; pin one for work to be repeated.
         setting: what the user gave the path as, for messages.
 
@@ -103,17 +101,24 @@ def load_pipeline(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{setting} is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
-def family_of(pipe: Any) -> Family:
+def family_of(pipe: Any, device: torch.device | str | None = None) -> Family:
     """The family of a stock diffusers pipeline.
+
+    Args:
+        pipe: the pipeline, its parts wherever they are.
+        device: where to work; None for where the denoiser is.
 
     Raises:
         UserError: an unsupported pipeline.
     """
     _check_supported(type(pipe).__name__)
-    return _FAMILIES[type(pipe).__name__](pipe)
+    family = _FAMILIES[type(pipe).__name__](pipe)
+    if device is not None:
+        family.device = torch.device(device)
+    return family
 
 
 def _check_supported(name: object) -> None:

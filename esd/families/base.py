@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,7 @@ from esd.weights import refuse_fused
 
 Guidance = Literal["cfg", "distilled", "none"]
 Null = Literal["zeros", "empty"]
+Part = Literal["encoders", "denoiser", "vae"]
 Denoiser = Callable[..., Any]
 
 
@@ -78,6 +80,7 @@ class Family(ABC):
         aliases: the model's own words for roles, such as attn2 for cross.
         absent: roles that this architecture has not, with what to say instead.
         dtype: floating-point type of the base's denoiser.
+        device: where work is done; `place` brings there what the work needs.
     """
 
     name: ClassVar[str]
@@ -92,15 +95,11 @@ class Family(ABC):
     prediction_type: PredictionType
     sample_shape: tuple[int, int, int]
     dtype: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser's parameters are now."""
-        return next(self.denoiser.parameters()).device
+    device: torch.device
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning (len(prompts), ...) on the denoiser's device; each prompt is encoded once."""
+        """Conditioning (len(prompts), ...) on `device`; each prompt is encoded once, and the encoders come for that."""
 
     def null(self, kind: Null | None = None) -> Conditioning:
         """Conditioning of the null prompt, one row.
@@ -132,13 +131,46 @@ class Family(ABC):
             return [f"guidance_scale={guidance_scale:g} changes nothing: {self.name} takes no guidance"]
         return []
 
-    @abstractmethod
-    def release_encoders(self) -> None:
-        """Moves the text encoders and the VAE to the CPU; prompts encoded so far stay usable."""
+    def channels_last(self) -> None:
+        """Lays the weights of the denoiser and the VAE out as convolutions on cards like them.
+
+        Raises:
+            UserError: the denoiser convolves nothing to speak of.
+        """
+        raise UserError(
+            f"training.channels_last=true: {type(self.denoiser).__name__} has no convolutions that it would speed up; "
+            "set training.channels_last=false"
+        )
 
     @abstractmethod
-    def recall_encoders(self) -> None:
-        """Brings what was released back beside the denoiser."""
+    def modules(self, part: Part) -> list[Any]:
+        """The modules of the pipeline that a part of it is made of."""
+
+    @abstractmethod
+    def place(self, *parts: Part) -> None:
+        """Puts these parts on `device` and all others on the CPU, those first; prompts encoded so far stay usable."""
+
+    @contextmanager
+    def drawing(self) -> Iterator[Any]:
+        """The stock pipeline, ready to draw on `device` for the length of a `with` block.
+
+        On a card each part is there only while it works, and on the CPU before and after, so that drawing takes the
+        memory of the largest part and not of all.
+        """
+        if self.device.type == "cpu":
+            yield self.pipe
+            return
+        self.place()
+        self.pipe.enable_model_cpu_offload(device=self.device)
+        try:
+            yield self.pipe
+        finally:
+            self.pipe.remove_all_hooks()
+            self.place()
+
+    @abstractmethod
+    def decoded_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of what the VAE decodes to a picture of the model's own size."""
 
     @abstractmethod
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:

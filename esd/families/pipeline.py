@@ -12,7 +12,7 @@ import re
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from esd.errors import UserError
 from esd.selection import ParameterInfo
 
-from .base import Conditioning, Family
+from .base import Conditioning, Family, Part
 
 _WHOLE_VOCABULARY = 20_000  # a tokenizer with fewer entries was made for a closed list of words
 
@@ -69,6 +69,7 @@ class PipelineFamily(Family):
         self._check_tokenizers()
         denoiser: Any = getattr(pipe, self.denoiser_name)
         self.denoiser, self.dtype = denoiser, denoiser.dtype
+        self.device = next(denoiser.parameters()).device
         self.sample_shape = sample_shape
         self.pixels_per_latent: int = pipe.vae_scale_factor
         self._encoded: dict[str, Conditioning] = {}
@@ -87,34 +88,40 @@ class PipelineFamily(Family):
                 raise UserError(f"the model's {kind} knows {what}, for its files are missing; get the model again")
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning (len(prompts), ...) on the denoiser's device, by the stock pipeline's own `encode_prompt`.
+        """Conditioning (len(prompts), ...) on `device`, by the stock pipeline's own `encode_prompt`.
 
-        One prompt at a time, so that a row does not depend on its batch.
+        One prompt at a time, so that a row does not depend on its batch. What was encoded is kept on the CPU.
         """
-        for prompt in prompts:
-            if prompt not in self._encoded:
-                with torch.no_grad():
-                    self._encoded[prompt] = self._encode(prompt, next(self._encoders()).device)
-        rows = [self._encoded[prompt].to(self.device, self.dtype) for prompt in prompts]
-        return Conditioning.cat(rows)
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]:
+            for encoder in self.modules("encoders"):
+                encoder.to(self.device)
+            with torch.no_grad():
+                self._encoded |= {prompt: self._encode(prompt, self.device).to("cpu") for prompt in new}
+        return Conditioning.cat([self._encoded[prompt].to(self.device, self.dtype) for prompt in prompts])
 
     @abstractmethod
     def _encode(self, prompt: str, device: torch.device) -> Conditioning:
         """Conditioning of one prompt (1, ...); `device` is that of the text encoders."""
 
-    def _encoders(self) -> Any:
-        """The text encoders that are there, in turn."""
-        return (encoder for name in self.encoder_names if (encoder := getattr(self.pipe, name)) is not None)
+    def modules(self, part: Part) -> list[Any]:
+        """The modules of the pipeline that a part of it is made of, those that are there."""
+        names = {"encoders": self.encoder_names, "denoiser": (self.denoiser_name,), "vae": ("vae",)}[part]
+        return [module for name in names if (module := getattr(self.pipe, name)) is not None]
 
-    def release_encoders(self) -> None:
-        """Moves the text encoders and the VAE to the CPU; prompts encoded so far stay usable."""
-        for part in (*self._encoders(), self.pipe.vae):
-            part.to("cpu")
+    def place(self, *parts: Part) -> None:
+        """Puts these parts on `device` and all others on the CPU, those first; prompts encoded so far stay usable."""
+        for part in get_args(Part):
+            if part not in parts:
+                for module in self.modules(part):
+                    module.to("cpu")
+        for part in parts:
+            for module in self.modules(part):
+                module.to(self.device)
 
-    def recall_encoders(self) -> None:
-        """Brings the text encoders and the VAE back beside the denoiser."""
-        for part in (*self._encoders(), self.pipe.vae):
-            part.to(self.device)
+    def decoded_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of what the VAE decodes to a picture of the model's own size."""
+        height, width = (edge * self.pixels_per_latent // self.pipe.vae_scale_factor for edge in self.sample_shape[1:])
+        return self.pipe.vae.config.latent_channels, height, width
 
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square pictures; see `Family.latent_shape`."""

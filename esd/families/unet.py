@@ -80,13 +80,19 @@ class UNetFamily(DiffusionFamily):
         height, width = (size, size) if isinstance(size, int) else size
         super().__init__(pipe, (config.in_channels, height, width))
 
+    def channels_last(self) -> None:
+        """Lays the weights of UNet and VAE out as convolutions on cards like them."""
+        modules: tuple[Any, ...] = (self.denoiser, self.pipe.vae)
+        for module in modules:
+            module.to(memory_format=torch.channels_last)
+
     def parameter_infos(self) -> list[ParameterInfo]:
         """The role of every UNet parameter, in the model's order."""
         return parameter_infos(self.denoiser)
 
     def embedding_tables(self) -> list[nn.Embedding]:
         """The table of token embeddings of each text encoder."""
-        return [encoder.get_input_embeddings() for encoder in self._encoders()]
+        return [encoder.get_input_embeddings() for encoder in self.modules("encoders")]
 
     def unused_word(self, prompts: Sequence[str]) -> str:
         """A word of letters that each tokenizer knows as one token, which no prompt has.
@@ -121,12 +127,12 @@ class UNetFamily(DiffusionFamily):
 
             return hook
 
+        tables = self.embedding_tables()
         with ExitStack() as hooks:
-            for words, table, embedding in zip(self._tokenizers(), self.embedding_tables(), embeddings, strict=True):
+            for words, table, embedding in zip(self._tokenizers(), tables, embeddings, strict=True):
                 (number,) = words(word, add_special_tokens=False).input_ids
                 hooks.callback(table.register_forward_hook(instead(number, embedding)).remove)
-            device = next(self._encoders()).device
-            rows = [self._encode(prompt, device) for prompt in prompts]
+            rows = [self._encode(prompt, tables[0].weight.device) for prompt in prompts]
         return Conditioning.cat(rows).to(self.device, self.dtype)
 
     def _tokenizers(self) -> list[Any]:

@@ -1,0 +1,92 @@
+"""What would be trained, in lines for a person to read before it starts; a plan that cannot work is found here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from esd import lora
+from esd.families import Family
+from esd.lora import Lora
+from esd.plan import TrainPlan
+from esd.sources import Bank, Source
+from esd.trainer import point_sources
+
+
+def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
+    """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
+
+    Raises:
+        UserError: the selection matches nothing, no latents have the size asked for, or see `point_sources`.
+    """
+    erasing, preserving = point_sources(family, plan, None, None, num_processes)
+    objective, sampling = plan.objective, plan.sampling
+    chosen = family.select(plan.selection)
+    selection = chosen.describe().replace("\n", f"\n{'':11}")
+    points = plan.batch_size * plan.gradient_accumulation * num_processes
+    shared = f" in {num_processes} processes" if num_processes > 1 else ""
+    cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
+    _, height, width = family.latent_shape(sampling.size)
+    revision = f" at {family.base_revision}" if family.base_revision else ""
+    guidance = {
+        "cfg": f"at guidance {sampling.guidance_scale:g}" if sampling.guidance_scale > 1 else "without guidance",
+        "distilled": f"told guidance {sampling.guidance_scale:g} "
+        f"(teacher and student: {objective.embedded_guidance:g})",
+        "none": "without guidance",
+    }[family.guidance]
+    lines = {
+        "erase": ", ".join(plan.concepts),
+        "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
+        "train": selection,
+        "adapter": plan.lora and adapter(family, chosen.names, plan.lora),
+        "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
+        "from": listed(plan.erase_from),
+        "preserve": preserving
+        and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
+        "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
+        "points": f"sampled by the {plan.sampler} in {sampling.num_steps} steps {guidance}, "
+        f"latents {height} x {width}, {served(erasing, plan, points)}",
+        "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
+    }
+    warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
+    warnings += [f"{'mind':<10} {told}" for told in family.advice(sampling.num_steps, sampling.guidance_scale)]
+    return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
+
+
+def adapter(family: Family, names: Sequence[str], how: Lora) -> str:
+    """What an adapter on these parameters trains, and what it leaves as it is.
+
+    Raises:
+        UserError: see `esd.lora.matrices`.
+    """
+    beside = len(lora.matrices(family.denoiser, names))
+    left = f"; {len(names) - beside} biases, norms and embeddings stay" if beside < len(names) else ""
+    values = lora.size(family.denoiser, names, how.rank)
+    return f"LoRA of rank {how.rank}, alpha {how.alpha:g}, beside {beside} matrices: {values:,} values{left}"
+
+
+def served(source: Source, plan: TrainPlan, per_update: int) -> str:
+    """How many updates points serve, and of a bank how many of its points and how often."""
+    updates = source.updates_per_build
+    anew = f"anew for every {updates} updates" if updates > 1 else "anew for every update"
+    if not isinstance(source, Bank):
+        return anew
+    draws = updates * per_update
+    part = f"{draws} of its {source.size} points used once"
+    if draws >= source.size:
+        part = f"each of its {source.size} points used up to {math.ceil(draws / source.size)} times"
+    bank = f"a bank of {plan.rollouts} rollouts, {part}"
+    return f"{bank}, {anew}" if plan.sampler == "student" else bank
+
+
+def used(source: Source, texts: Sequence[str], updates: int) -> str:
+    """How many different prompts the run trains on, where those are not all."""
+    visited, different = {texts[row] for row in source.visited(updates)}, set(texts)
+    return "" if visited == different else f"; uses {len(visited)} of {len(different)} prompts"
+
+
+def listed(texts: Sequence[str], most: int = 6) -> str:
+    """The different texts, the first few spelled out and the rest counted."""
+    different = list(dict.fromkeys(texts))
+    rest = f" and {len(different) - most} more" if len(different) > most else ""
+    return ", ".join(repr(text) for text in different[:most]) + rest

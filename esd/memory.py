@@ -1,0 +1,361 @@
+"""How much memory a run takes, phase by phase, before it takes any.
+
+    encode  the text encoders, and nothing else
+    sample  the denoiser rolls out x_t and the teacher is asked, without gradients
+    train   the student's forward and backward pass, and Adam's step
+    draw    the stock pipeline, its parts one after the other
+
+Parts that stay are counted from the model's own tensors. What comes and goes is not estimated from formulas: the
+denoiser is built once more out of *fake* tensors, which have shapes and no values, one update is run on it by the same
+code that trains, and every storage is counted from when it is made till it is freed. So activations, what gradient
+checkpointing spares, copies that autocast makes and gradients are all in the figure, for any model and selection.
+
+Not counted: what the kernels of a card use besides their results, the gaps that its allocator leaves, its context
+(`RESERVE` stands for these), and the activations of a text encoder, which reads one prompt at a time. Norms under
+CUDA's autocast are float32, here they are not.
+
+Source: ours; counting storages under fake tensors is how torch.distributed._tools.mem_tracker does it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from esd import objectives
+from esd.families import Conditioning, Family
+from esd.lora import LoraViews
+from esd.plan import TrainPlan
+from esd.trainer import LEAST_8BIT
+from esd.trajectory import times
+from esd.weights import Views, WeightViews
+
+GB = 2**30  # as cards are sold
+RESERVE = 1.0  # GB of a card that are not a run's to fill
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is on the device at the worst moment of one phase.
+
+    Attributes:
+        name: of the phase.
+        parts: bytes by what they are.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        shown = [f"{what} {amount(size)}" for what, size in self.parts.items() if size > self.total / 200]
+        return f"{self.name} {amount(self.total)}" + (f": {', '.join(shown)}" if len(shown) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The phases of a run in their order; its peak is the largest of them."""
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def verdict(self, card: float | None, plan: TrainPlan, family: Family) -> str:
+        """Which phase is the largest, and whether a card of so many GB has room for it; None for no card."""
+        most = self.largest
+        peak = f"at most {amount(most.total)}, in the phase {most.name!r}"
+        if card is None:
+            return peak
+        if most.total / GB + RESERVE <= card:
+            return f"{peak}; fits {card:g} GB"
+        over = [phase for phase in self.phases if phase.total / GB + RESERVE > card]
+        mends = dict.fromkeys(mend for phase in over for mend in smaller(phase.name, plan, family))
+        return f"{peak}; does not fit {card:g} GB, of which {RESERVE:g} is the device's own; " + (
+            f"smaller with {', '.join(mends)}" if mends else "no setting makes it smaller"
+        )
+
+
+def smaller(phase: str, plan: TrainPlan, family: Family) -> list[str]:
+    """The settings that would make a phase smaller than this plan has it."""
+    wide = family.dtype == torch.float32
+    mends = [
+        (wide, "model.precision=bfloat16"),
+        (phase == "train" and not plan.gradient_checkpointing, "training.gradient_checkpointing=true"),
+        (phase == "train" and plan.batch_size > 1, "a smaller training.batch_size with training.gradient_accumulation"),
+        (phase in ("sample", "train") and plan.lora is None, "weights=lora"),
+        (phase in ("sample", "train") and plan.lora is None, "a narrower selection"),
+        (phase == "sample" and (plan.staleness or 1) > 1, "a smaller trajectory.staleness"),
+        (phase == "sample" and plan.sampling.max_batch > 2, "a smaller trajectory.max_batch"),
+        (phase in ("sample", "train") and plan.optimizer == "adam", "training.optimizer=adam8bit"),
+        (phase in ("sample", "train") and plan.rollouts > 1, "fewer trajectory.rollouts"),
+        (phase in ("sample", "train"), "a smaller trajectory.size"),
+        (phase == "draw", "a smaller evaluation.batch_size"),
+    ]
+    return [mend for applies, mend in mends if applies]
+
+
+def measure(
+    family: Family,
+    plan: TrainPlan,
+    cond: Conditioning,
+    *,
+    mixed_precision: str = "no",
+    processes: int = 1,
+    images: int = 0,
+    guidance_scale: float = 1.0,
+) -> Memory:
+    """The memory that a run takes on each device; nothing is allocated, and no weight is read.
+
+    Args:
+        family: of the base; its modules may be on the meta device.
+        plan: what is trained.
+        cond: of one prompt, for its shapes.
+        mixed_precision: of autocast, "no", "bf16" or "fp16".
+        processes: that share an update; more than one hold gradients twice, for DDP sends them in buckets.
+        images: pictures drawn in one call afterwards, 0 for none.
+        guidance_scale: of these pictures.
+    """
+    names, cond = family.select(plan.selection).names, cond.to(dtype=family.dtype)
+    latents = family.latent_shape(plan.sampling.size)
+    guided = family.guidance == "cfg"
+    rows = 2 if guided and plan.sampling.guidance_scale > 1 else 1
+    asked = plan.sampling.max_batch
+    sampling = plan.sampling
+    free = plan.sampler == "teacher" and sampling.scaled_input and not (plan.erase_from or sampling.negative)
+    asking = plan.batch_size * (plan.staleness or 1) * max(rows, 3 if plan.erase_from else 2)
+    sampled = min(asked, asking if not plan.rollouts else rows * plan.rollouts if free else asked)
+    with _stand_in(family, plan, names, cond, mixed_precision) as model:
+        trained = sum(p.numel() for p in model.views.parameters())
+        copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
+        passing = model.passing(sampled, latents)
+        learning = model.learning(plan, latents) - 4 * trained
+        drawing = model.passing(images * (2 if guided and guidance_scale > 1 else 1), family.latent_shape())
+    denoiser = weights(family.denoiser)
+    selected = 0 if plan.lora else copies
+    stay = {
+        "frozen weights": denoiser - selected,
+        "trained weights": 4 * trained,
+        "their base": copies,
+        "Adam's moments": moments(plan, model.views.parameters()),
+    }
+    kept, making = points(family, plan, cond)
+    keeps_gradients = plan.rollouts == 0 and plan.gradient_accumulation > 1
+    gradients = 4 * trained * (2 if processes > 1 else 1)
+    return Memory(
+        (
+            Phase("encode", {"text encoders": sum(map(weights, family.modules("encoders")))}),
+            Phase(
+                "sample",
+                {**stay, "gradients": gradients * keeps_gradients, "activations": passing, "points": making},
+            ),
+            Phase(
+                "train",
+                # Adam's step makes one more copy of the moments' roots, when the activations are gone
+                {**stay, "gradients": gradients, "activations": max(learning, 4 * trained), "points": kept},
+            ),
+            *([Phase("draw", _largest_part(family, denoiser, drawing, images))] if images else []),
+        )
+    )
+
+
+def _largest_part(family: Family, denoiser: int, activations: int, images: int) -> dict[str, int]:
+    """The part of the stock pipeline that takes most while it works, with what it makes."""
+    decoding = {"VAE": sum(map(weights, family.modules("vae"))), "activations": decoder(family, images)}
+    encoding = {"text encoder": max(map(weights, family.modules("encoders")))}
+    return max(
+        ({"denoiser": denoiser, "activations": activations}, decoding, encoding), key=lambda part: sum(part.values())
+    )
+
+
+def weights(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(map(_size, tensors))
+
+
+def moments(plan: TrainPlan, parameters: Iterable[Tensor]) -> int:
+    """Bytes of Adam's two moments: float32, or a byte each and a scale for every 256 of them."""
+    if plan.optimizer == "adam":
+        return sum(8 * parameter.numel() for parameter in parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    return sum(2 * (n + 4 * math.ceil(n / 256) + 4 * 256) if n >= LEAST_8BIT else 8 * n for n in sizes)
+
+
+def points(family: Family, plan: TrainPlan, cond: Conditioning) -> tuple[int, int]:
+    """Bytes of training points and encoded prompts: those that are kept, and the most there is while they are made.
+
+    A bank's points are x_t and the teacher's predictions, float32. While they are made there are the rollout, of x_t
+    before and after scaling and two predictions, as the solver leaves it and stacked; and in the end the points
+    themselves beside their parts.
+    """
+    sampling = plan.sampling
+    latents = family.latent_shape(sampling.size)
+    one = 4 * math.prod(latents)
+    prompts = len(plan.prompts) + len(plan.erase_from) + len(plan.preserve) + 1 + bool(sampling.negative)
+    encoded = prompts * sum(_size(tensor) for tensor in cond.tensors.values())
+    erasing, preserving = 4 if plan.erase_from else 3, 2 if plan.preserve else 0
+    if not plan.rollouts:
+        made = plan.batch_size * (plan.staleness or 1)  # by one call
+        serving = plan.gradient_accumulation if plan.staleness and plan.staleness > 1 else 1
+        kept = (made * serving * erasing + plan.batch_size * preserving) * one
+        return encoded + kept, encoded + kept + 4 * made * one
+    visits = len(times(sampling.time_rule, family.scheduler(sampling.num_steps, sampling.scheduler, latents)).stops)
+    part = min(plan.rollouts, max(1, sampling.max_batch // 2))
+    kept = plan.rollouts * visits * (erasing + preserving) * one
+    last = plan.rollouts * visits * max(erasing, preserving) * one
+    making = max(last, part * visits * 8 * one)
+    return encoded + kept, encoded + kept + making
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of all storages that are made in a `with` block, from when they are made till they are freed.
+
+    Attributes:
+        now: bytes there are.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Never counts what holds these tensors: they were there before."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._known:
+                self._known[storage] = None
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A denoiser of fake tensors as student and teacher, ready to be called as the real one is."""
+
+    family: Family
+    views: Views
+    cond: Conditioning
+    autocast: Callable[[], Any]
+
+    def passing(self, rows: int, latents: Sequence[int]) -> int:
+        """The most bytes that a call of so many rows makes, without gradients."""
+        if not rows:
+            return 0
+        with self._counting() as counter, torch.no_grad():
+            self._predict(rows, latents)
+        return counter.peak
+
+    def learning(self, plan: TrainPlan, latents: Sequence[int]) -> int:
+        """The most bytes that a forward and a backward pass of one micro-batch make, gradients included."""
+        rows = plan.batch_size * (2 if plan.preserve else 1)
+        with self._counting() as counter:
+            if plan.gradient_accumulation > 1:  # those of the pass before are there
+                for parameter in self.views.parameters():
+                    parameter.grad = torch.empty_like(parameter)
+            prediction = self._predict(rows, latents)
+            objectives.loss(prediction, torch.empty_like(prediction), None).sum().backward()
+        return counter.peak
+
+    def _predict(self, rows: int, latents: Sequence[int]) -> Tensor:
+        x, t = torch.empty(rows, *latents), torch.empty(rows)
+        with self.autocast():
+            return self.family.predict(self.views.student, x, t, self.cond[[0] * rows])
+
+    @contextmanager
+    def _counting(self) -> Iterator[Counter]:
+        counter = Counter()
+        there = [*self.views.student.parameters(), *self.views.student.buffers()]
+        counter.ignore([*there, *self.cond.tensors.values()])
+        with counter:
+            yield counter
+
+
+@contextmanager
+def _stand_in(
+    family: Family, plan: TrainPlan, names: Sequence[str], cond: Conditioning, mixed_precision: str
+) -> Iterator[StandIn]:
+    """The family's denoiser out of fake tensors, as the plan trains it; they are fake only inside the block."""
+    precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    student = _twin(family.denoiser, family.dtype)
+    views = LoraViews(student, names, plan.lora, plan.seed) if plan.lora else WeightViews(student, names)
+    if plan.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    with FakeTensorMode():
+        _make_fake(student)
+        told = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in cond.tensors.items()}
+        yield StandIn(
+            family,
+            views,
+            Conditioning(told),
+            lambda: torch.autocast("cpu", precision, enabled=mixed_precision != "no"),
+        )
+
+
+def decoder(family: Family, images: int) -> int:
+    """The most bytes that decoding so many pictures makes."""
+    (real,) = family.modules("vae")
+    vae = _twin(real, family.dtype)
+    with FakeTensorMode():
+        _make_fake(vae)
+        latents = torch.empty(images, *family.decoded_shape(), dtype=family.dtype)
+        counter = Counter()
+        counter.ignore([*vae.parameters(), *vae.buffers()])
+        with counter, torch.no_grad():
+            vae.decode(latents, return_dict=False)
+    return counter.peak
+
+
+def _twin(module: Any, dtype: torch.dtype) -> Any:
+    """A module as this one is configured, on the meta device, its parameters in another precision."""
+    with torch.device("meta"):
+        twin = type(module).from_config(module.config)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return twin
+
+
+def _make_fake(module: nn.Module) -> None:
+    """Puts fake tensors of the CPU in place of those on the meta device, whose attention would be another."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(part, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def amount(size: int) -> str:
+    """Bytes in GB, or in MB where that says more."""
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 2**20:.3g} MB"
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
