@@ -200,9 +200,7 @@ def remove(pipe: Any) -> None:
             then, and it can be called again.
     """
     denoiser = _denoiser(pipe)
-    if denoiser not in _APPLIED:
-        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
-    originals, parameters = _APPLIED[denoiser].originals, dict(denoiser.named_parameters())
+    originals, parameters = _originals(denoiser), dict(denoiser.named_parameters())
     if gone := [name for name in originals if name not in parameters]:
         raise CheckpointError(
             f"{type(denoiser).__name__} no longer has {gone[0]!r}, which erased weights are on; unload adapters "
@@ -224,16 +222,11 @@ def erased(pipe: Any, path: str | Path | Erased) -> Iterator[Any]:
         remove(pipe)
 
 
-def worn(pipe: Any) -> Path | None:
-    """The file of the erased weights that a pipeline wears, or None where it wears none."""
-    applied = _APPLIED.get(_denoiser(pipe))
-    return applied.path if applied else None
-
-
 def base_view(pipe: Any) -> Denoiser:
     """The base under erased weights, callable like the denoiser and beside it; changes nothing, gradients flow.
 
-    Not for a denoiser under gradient checkpointing: the backward pass would compute again with the erased weights.
+    The kept originals follow the denoiser from device to device. Not for a denoiser under gradient checkpointing: the
+    backward pass would compute again with the erased weights.
 
     Args:
         pipe: a pipeline, or a denoiser, that wears a checkpoint.
@@ -242,12 +235,12 @@ def base_view(pipe: Any) -> Denoiser:
         CheckpointError: it wears none.
     """
     denoiser = _denoiser(pipe)
-    if denoiser not in _APPLIED:
-        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
-    live = dict(denoiser.named_parameters())
-    originals = {name: value.to(live[name].device) for name, value in _APPLIED[denoiser].originals.items()}
+    originals = dict(_originals(denoiser))
 
     def base(*args: Any, **kwargs: Any) -> Any:
+        live = dict(denoiser.named_parameters())
+        for name, value in originals.items():
+            originals[name] = value.to(live[name].device)
         return torch.func.functional_call(denoiser, originals, args, kwargs)
 
     return base
@@ -290,6 +283,13 @@ def write_lora(pipe: Any, differences: LowRank, out: Path) -> None:
     with atomic(out) as staged, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}") as folder:
         pipe.save_lora_weights(folder, weight_name=out.name, **stored)
         Path(folder, out.name).replace(staged)
+
+
+def _originals(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The base's parameters under erased weights; raises CheckpointError where a denoiser wears none."""
+    if denoiser not in _APPLIED:
+        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
+    return _APPLIED[denoiser].originals
 
 
 def _loaded(path: str | Path | Erased) -> Erased:

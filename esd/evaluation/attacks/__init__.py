@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from esd.errors import UserError
 
-from .base import Attack, Budget, ConceptScorer, Curve, Model, Point, Rate, Recovery, Scorer
-from .completion import Completion, Inpainting
+from .attack import Attack
+from .budget import Budget
+from .completion import Completion
+from .inpainting import Inpainting
 from .inversion import Inversion
 from .noise import NoiseProbe
+from .recovery import Curve, Point, Recovery
+from .scorer import ConceptScorer, Scorer
 from .soft_prompt import SoftPrompt
+from .subject import Model
 
 __all__ = [
     "Attack",
@@ -21,7 +26,6 @@ __all__ = [
     "Model",
     "NoiseProbe",
     "Point",
-    "Rate",
     "Recovery",
     "Scorer",
     "SoftPrompt",

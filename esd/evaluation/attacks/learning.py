@@ -11,20 +11,24 @@ arXiv:2308.01508).
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from esd import objectives, seeding
-from esd.evaluation.attacks.base import Attack, Subject, Try, positive, whole
+from esd.errors import UserError
+from esd.evaluation.attacks.attack import Attack, Tries, Try
+from esd.evaluation.attacks.recovery import Reads
+from esd.evaluation.attacks.subject import Subject
 from esd.families import Conditioning, Denoiser, Family
 
-_HELD_OUT = 10**9  # numbers the draws that no step makes
+Reader = Callable[[Sequence[Tensor], Sequence[int]], Conditioning]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class LearningAttack(Attack):
         UserError: a value out of range.
     """
 
-    reads: ClassVar[Literal["best", "alone"]] = "best"
+    reads: ClassVar[Reads] = "best"
     steps: int = 300
     lr: float = 1e-2
     batch_size: int = 4
@@ -50,69 +54,59 @@ class LearningAttack(Attack):
     every: int = 100
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "examples", "every"):
-            whole(f"{self.name}.{field}", getattr(self, field), 1)
-        positive(f"{self.name}.lr", self.lr)
+        for name in ("steps", "batch_size", "examples", "every"):
+            whole(f"{self.name}.{name}", getattr(self, name))
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UserError(f"{self.name}.lr is {self.lr}; allowed: a finite number above 0")
 
     @abstractmethod
     def start(self, subject: Subject) -> list[Tensor]:
         """Vectors to begin with, float32 (..., d) each."""
 
     @abstractmethod
-    def read(self, subject: Subject, vectors: Sequence[Tensor], rows: Sequence[int]) -> Conditioning:
-        """Conditioning of these rows' prompts with the vectors in them; gradients flow to the vectors."""
+    def reader(self, subject: Subject) -> Reader:
+        """What reads some of the rows' prompts, given by number, with the vectors in them.
 
-    def tries(self, subject: Subject) -> Generator[Try, None, None]:
+        Gradients flow from the conditioning to the vectors.
+        """
+
+    def tries(self, subject: Subject) -> Tries:
         """A try before the first update, one after every so many, and one after the last."""
-        family, seed, count = subject.family, subject.seed, len(subject.rows)
-        vectors = [vector.requires_grad_(True) for vector in self.start(subject)]
-        row_of = [i % count for i in range(self.examples)]
+        read, vectors = self.reader(subject), [vector.requires_grad_(True) for vector in self.start(subject)]
+        row_of = [i % len(subject.rows) for i in range(self.examples)]
         known = draw_examples(subject, row_of)
         optimiser = torch.optim.Adam(vectors, lr=self.lr)
         for step in tqdm(range(self.steps + 1), desc=self.name, unit="update", leave=False, disable=None):
             if step % self.every == 0 or step == self.steps:
-                yield self._offer(subject, vectors, known, row_of, step)
+                found = [vector.detach().clone() for vector in vectors]
+                loss = held_out_loss(subject, read, found, known, row_of)
+                yield Try({"update": step, "loss": loss}, _drawn(subject, read, found), found)
             if step == self.steps:
                 return
-            sources = seeding.generators(seed, "attack update", step, range(self.batch_size))
+            sources = seeding.generators(subject.seed, "attack update", step, range(self.batch_size))
             chosen = [seeding.below(source, len(known)) for source in sources]
             optimiser.zero_grad()
             with torch.enable_grad():
-                cond = self.read(subject, vectors, [row_of[i] for i in chosen])
-                denoising_loss(family, subject.attacked, known[chosen], cond, sources).backward()
+                cond = read(vectors, [row_of[i] for i in chosen])
+                denoising_loss(subject.family, subject.attacked, known[chosen], cond, sources).backward()
             optimiser.step()
 
-    def control(self, subject: Subject, found: Sequence[Tensor] | None) -> Generator[Try, None, None]:
+    def control(self, subject: Subject, found: Sequence[Tensor] | None) -> Tries:
         """Random vectors of the same norms, as often as the budget allows; nothing where nothing was learned."""
-        number = 0
+        read, number = self.reader(subject), 0
         while found is not None:
             source = seeding.generator(subject.seed, "attack by chance", number)
             drawn = [torch.randn(vector.shape, generator=source).to(vector) for vector in found]
             norms = [vector.norm(dim=-1, keepdim=True) for vector in found]
             vectors = [one * norm / one.norm(dim=-1, keepdim=True) for one, norm in zip(drawn, norms, strict=True)]
-            yield Try({"number": number}, self._drawn(subject, vectors))
+            yield Try({"number": number}, _drawn(subject, read, vectors))
             number += 1
 
-    @torch.no_grad()
-    def _offer(
-        self, subject: Subject, vectors: Sequence[Tensor], known: Tensor, row_of: Sequence[int], step: int
-    ) -> Try:
-        """Pictures with what is learned by now, and its loss on noise of its own."""
-        losses = []
-        for start in range(0, len(known), subject.draw.batch_size):
-            part = range(start, min(start + subject.draw.batch_size, len(known)))
-            sources = seeding.generators(subject.seed, "attack update", _HELD_OUT, part)
-            cond = self.read(subject, vectors, [row_of[i] for i in part])
-            loss = denoising_loss(subject.family, subject.attacked, known[list(part)], cond, sources)
-            losses.append(float(loss) * len(part))
-        found = [vector.detach().clone() for vector in vectors]
-        return Try({"update": step, "loss": sum(losses) / len(known)}, self._drawn(subject, found), found)
 
-    @torch.no_grad()
-    def _drawn(self, subject: Subject, vectors: Sequence[Tensor]) -> Tensor:
-        """The rows with these vectors in their prompts, from their own seeds."""
-        cond = self.read(subject, vectors, range(len(subject.rows)))
-        return subject.sample(subject.attacked, cond, subject.own())
+@torch.no_grad()
+def _drawn(subject: Subject, read: Reader, vectors: Sequence[Tensor]) -> Tensor:
+    """The rows with these vectors in their prompts, from their own seeds (n, c, h, w)."""
+    return subject.sample(subject.attacked, read(vectors, range(len(subject.rows))), subject.own())
 
 
 def draw_examples(subject: Subject, row_of: Sequence[int]) -> Tensor:
@@ -120,6 +114,21 @@ def draw_examples(subject: Subject, row_of: Sequence[int]) -> Tensor:
     cond = subject.conditioning()[list(row_of)]
     generators = seeding.generators(subject.seed, "attack example", 0, range(len(row_of)))
     return subject.sample(subject.base, cond, generators)
+
+
+@torch.no_grad()
+def held_out_loss(
+    subject: Subject, read: Reader, vectors: Sequence[Tensor], known: Tensor, row_of: Sequence[int]
+) -> float:
+    """Mean loss of the attacked model on the examples, at times and with noise that no update draws."""
+    losses, size = [], subject.draw.batch_size
+    for start in range(0, len(known), size):
+        part = range(start, min(start + size, len(known)))
+        sources = seeding.generators(subject.seed, "attack held out", 0, part)
+        cond = read(vectors, [row_of[i] for i in part])
+        loss = denoising_loss(subject.family, subject.attacked, known[list(part)], cond, sources)
+        losses.append(float(loss) * len(part))
+    return sum(losses) / len(known)
 
 
 def denoising_loss(
@@ -144,3 +153,9 @@ def denoising_loss(
         "flow": noise - x_0,
     }[family.prediction_type]
     return objectives.loss(family.predict(denoiser, alpha * x_0 + sigma * noise, t, cond), target)
+
+
+def whole(name: str, value: float) -> None:
+    """Raises UserError unless a setting is a whole number of at least 1."""
+    if value != int(value) or value < 1:
+        raise UserError(f"{name} is {value}; allowed: a whole number, at least 1")

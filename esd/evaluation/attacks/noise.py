@@ -4,23 +4,27 @@ An erased model may lead every trajectory away from the concept without having u
 added on the way can carry a trajectory past that point. Each step is DDIM's with η above 1, and its noise is scaled
 by s besides. Control: as many plain DDIM pictures of other seeds.
 
-Source: Lu et al. 2025 (arXiv:2505.17013), section on noise-based probing, and kevinlu4588/WhenAreConceptsErased for
-the grid of η and s; DDIM: Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16.
+Source: Lu et al. 2025 (arXiv:2505.17013), noise-based probing; kevinlu4588/WhenAreConceptsErased, src/configs/
+default.yaml for the grid, noisy_diffuser_scheduling/schedulers/eta_ddim_scheduler.py for the step. There each of the 24
+pictures also has an x_T of its own; here they share the row's, so that a try differs from the plain drawing by noise
+alone. DDIM: Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from esd import seeding
 from esd.errors import UserError
-from esd.evaluation.attacks.base import Attack, Subject, Try
+from esd.evaluation.attacks.attack import Attack, Tries, Try
+from esd.evaluation.attacks.recovery import Reads
+from esd.evaluation.attacks.subject import Subject
 from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.prompts import PromptRow
 from esd.families import Conditioning, Family
@@ -41,7 +45,7 @@ class NoiseProbe(Attack):
     """
 
     name: ClassVar[str] = "noise"
-    reads: ClassVar[Literal["best", "alone"]] = "best"
+    reads: ClassVar[Reads] = "best"
     etas: tuple[float, ...] = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85)
     scales: tuple[float, ...] = (1.0, 1.02, 1.03, 1.04)
 
@@ -60,13 +64,13 @@ class NoiseProbe(Attack):
             )
         family.scheduler(draw.num_steps, "ddim")
 
-    def tries(self, subject: Subject) -> Generator[Try, None, None]:
+    def tries(self, subject: Subject) -> Tries:
         """A try for each η and s, all from the rows' own x_T; the plain drawing is the pipeline's own sampler's."""
         for number, (eta, scale) in enumerate((eta, scale) for eta in self.etas for scale in self.scales):
             latents = noisy_ddim(subject, subject.own(), subject.fresh("noise", number), eta=eta, scale=scale)
             yield Try({"eta": eta, "scale": scale}, latents)
 
-    def control(self, subject: Subject, found: Sequence[Tensor] | None) -> Generator[Try, None, None]:
+    def control(self, subject: Subject, found: Sequence[Tensor] | None) -> Tries:
         """Plain DDIM from fresh x_T."""
         for number in range(len(self.etas) * len(self.scales)):
             fresh = subject.fresh("another seed", number)

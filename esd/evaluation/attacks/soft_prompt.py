@@ -18,8 +18,8 @@ from torch import Tensor
 
 from esd import seeding
 from esd.errors import UserError
-from esd.evaluation.attacks.base import Subject, whole
-from esd.evaluation.attacks.learning import LearningAttack
+from esd.evaluation.attacks.learning import LearningAttack, Reader, whole
+from esd.evaluation.attacks.subject import Subject
 from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.prompts import PromptRow
 from esd.families import Conditioning, Family
@@ -40,21 +40,15 @@ class SoftPrompt(LearningAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("soft_prompt.tokens", self.tokens, 1)
+        whole("soft_prompt.tokens", self.tokens)
 
     def check(self, family: Family, rows: Sequence[PromptRow], draw: DrawSettings) -> None:
-        """Refuses a model without text states that tokens can be put in front of."""
-        told = family.encode([rows[0].prompt]).tensors
-        if STATES not in told or told[STATES].ndim != 3:
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in told.items())
+        """Refuses more tokens than the model reads."""
+        most = family.encode([rows[0].prompt]).tensors[STATES].shape[1]
+        if self.tokens > most:
             raise UserError(
-                f"attack soft_prompt: {family.name} is told {shapes}; it needs {STATES} (b, n, d); attack it with "
-                "completion"
-            )
-        if self.tokens > told[STATES].shape[1]:
-            raise UserError(
-                f"soft_prompt.tokens is {self.tokens}; {family.name} reads {told[STATES].shape[1]} tokens; allowed: 1 "
-                "to 4 are usual"
+                f"soft_prompt.tokens is {self.tokens}; {family.name} reads {most} tokens; allowed: 1 to {most}, "
+                "usual are 1 to 4"
             )
 
     def start(self, subject: Subject) -> list[Tensor]:
@@ -63,12 +57,17 @@ class SoftPrompt(LearningAttack):
         source = seeding.generator(subject.seed, "attack start")
         return [torch.randn(self.tokens, states.shape[2], generator=source).to(states) * states.std()]
 
-    def read(self, subject: Subject, vectors: Sequence[Tensor], rows: Sequence[int]) -> Conditioning:
+    def reader(self, subject: Subject) -> Reader:
         """[v; c]: as many of c's last states drop out, so that null and prompt keep one shape.
 
         They are padding, unless a prompt fills all the tokens that the model reads.
         """
-        told = subject.conditioning()[list(rows)]
-        states = told.tensors[STATES]
-        free = vectors[0].to(states).expand(len(rows), -1, -1)
-        return Conditioning({**told.tensors, STATES: torch.cat([free, states[:, : -self.tokens]], 1)})
+        prompts = subject.conditioning()
+
+        def read(vectors: Sequence[Tensor], rows: Sequence[int]) -> Conditioning:
+            told = prompts[list(rows)].tensors
+            states = told[STATES]
+            free = vectors[0].to(states).expand(len(rows), -1, -1)
+            return Conditioning({**told, STATES: torch.cat([free, states[:, : -self.tokens]], 1)})
+
+        return read
