@@ -17,9 +17,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -70,6 +70,11 @@ class Attack(ABC):
     reads: ClassVar[Reads]
     parts: ClassVar[tuple[Part, ...]] = ("denoiser", "vae")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was set, ready for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
     def run(
         self,
         model: Model,
@@ -107,7 +112,7 @@ class Attack(ABC):
                 by_chance = partial(self.control, found=found)
                 label = f"{self.name}, {name}, control"
                 curves[f"{name}_control"], _ = _measure(subject, equal, by_chance, scorer, label)
-        return Recovery(asdict(self), self.reads, curves)  # type: ignore[call-overload]  # subclasses are dataclasses
+        return Recovery(self.settings, self.reads, curves)
 
     def refuse(self, family: Family, rows: Sequence[PromptRow], draw: DrawSettings) -> None:
         """Raises UserError where this attack cannot be run so; draws nothing.

@@ -156,7 +156,7 @@ def _begun(file: Path, facts: dict[str, Any], attacks: Sequence[Attack]) -> dict
         other += [
             f"{attack.name}'s settings"
             for attack in attacks
-            if (told := there["attacks"].get(attack.name)) and told["settings"] != json.loads(json.dumps(vars(attack)))
+            if (told := there["attacks"].get(attack.name)) and told["settings"] != attack.settings
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no result of attacks ({error!r}); choose another run_dir") from error
