@@ -110,7 +110,7 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
             f"training.compile=true: diffusers names no blocks of {type(denoiser).__name__} to compile; set "
             "training.compile=false"
         )
-    views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names)
+    views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names, plan.masters)
     try:
         if plan.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
