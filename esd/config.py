@@ -432,8 +432,8 @@ def check_precision(base: str, mixed: str, weights: WeightsConfig) -> None:
     if not weights.masters:
         if base != "bfloat16" or weights.kind == "lora" or mixed not in ("auto", "no"):
             raise UserError(
-                f"weights.masters=false with model.precision={base}, weights={weights.kind} and "
-                f"training.mixed_precision={mixed}: allowed with bfloat16, full, and auto or no; or weights.masters=true"
+                f"weights.masters=false with model.precision={base}, weights={weights.kind} and training."
+                f"mixed_precision={mixed}: allowed with bfloat16, full, and auto or no; or weights.masters=true"
             )
         return
     fits = {"bfloat16": ("auto", "bf16"), "float16": ("auto", "fp16")}.get(base)

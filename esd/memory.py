@@ -34,11 +34,10 @@ from torch.utils._pytree import tree_leaves
 
 from esd import objectives
 from esd.families import Conditioning, Family
-from esd.lora import LoraViews
 from esd.plan import TrainPlan
-from esd.trainer import LEAST_8BIT
+from esd.trainer import LEAST_8BIT, make_views
 from esd.trajectory import times
-from esd.weights import Views, WeightViews
+from esd.weights import Views
 
 GB = 2**30  # as cards are sold
 RESERVE = 1.0  # GB of a card that are not a run's to fill
@@ -305,7 +304,7 @@ def _stand_in(
     """The family's denoiser out of fake tensors, as the plan trains it; they are fake only inside the block."""
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     student = _twin(family.denoiser, family.dtype)
-    views = LoraViews(student, names, plan.lora, plan.seed) if plan.lora else WeightViews(student, names, plan.masters)
+    views = make_views(student, names, plan)
     if plan.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     with FakeTensorMode():
