@@ -57,7 +57,7 @@ class ModelConfig:
     revision: str | None = option(None, "commit of a hub model; pin one to know what you erased from")
     precision: str = option(
         "float32",
-        "of the frozen weights; the trained ones are always float32",
+        "of the frozen weights; the trained ones are float32, unless weights.masters=false",
         one_of=("float32", "bfloat16", "float16"),
     )
 
@@ -106,6 +106,9 @@ class WeightsConfig:
     kind: str = option("full", "full trains the selected weights, lora an adapter beside them", one_of=("full", "lora"))
     rank: int | None = option(None, "of the adapter's products, such as 16; for lora", at_least=1)
     alpha: float | None = option(None, "the products are scaled by alpha / rank; null is the rank; for lora", above=0)
+    masters: bool = option(
+        True, "learn in float32 over a bfloat16 base; false learns in bfloat16, as upstream, and loses small steps"
+    )
 
 
 @dataclass
@@ -271,7 +274,7 @@ class TrainConfig:
                 )
         check_slots("prompts", self.prompts, ("{}", "{thing}", "{style}"))
         check_slots("preserve.prompts", self.preserve.prompts, ("{thing}", "{style}"))
-        check_precision(self.model.precision, self.training.mixed_precision)
+        check_precision(self.model.precision, self.training.mixed_precision, self.weights)
         if self.training.optimizer == "adam8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(
                 "training.optimizer=adam8bit needs bitsandbytes, which is not installed; install the extra 8bit, as in "
@@ -419,8 +422,20 @@ def check_slots(name: str, templates: Sequence[str], slots: Sequence[str]) -> No
             raise UserError(f"{name}: {template!r} holds braces that nothing fills; allowed: {', '.join(slots)}")
 
 
-def check_precision(base: str, mixed: str) -> None:
-    """Raises UserError where float32 weights would stand in a narrower model without the autocast that fits it."""
+def check_precision(base: str, mixed: str, weights: WeightsConfig) -> None:
+    """Raises UserError where float32 weights would stand in a narrower model without the autocast that fits it.
+
+    Without float32 masters there is nothing to cast, and what would be said of a model that is float32 itself, or of
+    an adapter, which is always float32, would be ignored. Float16 weights would overflow: their gradients cannot be
+    scaled back.
+    """
+    if not weights.masters:
+        if base != "bfloat16" or weights.kind == "lora" or mixed not in ("auto", "no"):
+            raise UserError(
+                f"weights.masters=false with model.precision={base}, weights={weights.kind} and training."
+                f"mixed_precision={mixed}: allowed with bfloat16, full, and auto or no; or weights.masters=true"
+            )
+        return
     fits = {"bfloat16": ("auto", "bf16"), "float16": ("auto", "fp16")}.get(base)
     if fits and mixed not in fits:
         raise UserError(

@@ -34,11 +34,10 @@ from torch.utils._pytree import tree_leaves
 
 from esd import objectives
 from esd.families import Conditioning, Family
-from esd.lora import LoraViews
 from esd.plan import TrainPlan
-from esd.trainer import LEAST_8BIT
+from esd.trainer import LEAST_8BIT, make_views
 from esd.trajectory import times
-from esd.weights import Views, WeightViews
+from esd.weights import Views
 
 GB = 2**30  # as cards are sold
 RESERVE = 1.0  # GB of a card that are not a run's to fill
@@ -142,22 +141,22 @@ def measure(
     asking = plan.batch_size * (plan.staleness or 1) * max(rows, 3 if plan.erase_from else 2)
     sampled = min(asked, asking if not plan.rollouts else rows * plan.rollouts if free else asked)
     with _stand_in(family, plan, names, cond, mixed_precision) as model:
-        trained = sum(p.numel() for p in model.views.parameters())
+        trained = sum(map(_size, model.views.parameters()))
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
         passing = model.passing(sampled, latents)
-        learning = model.learning(plan, latents) - 4 * trained
+        learning = model.learning(plan, latents) - trained
         drawing = model.passing(images * (2 if guided and guidance_scale > 1 else 1), family.latent_shape())
     denoiser = weights(family.denoiser)
     selected = 0 if plan.lora else copies
     stay = {
         "frozen weights": denoiser - selected,
-        "trained weights": 4 * trained,
+        "trained weights": trained,
         "their base": copies,
         "Adam's moments": moments(plan, model.views.parameters()),
     }
     kept, making = points(family, plan, cond)
     keeps_gradients = plan.rollouts == 0 and plan.gradient_accumulation > 1
-    gradients = 4 * trained * (2 if processes > 1 else 1)
+    gradients = trained * (2 if processes > 1 else 1)
     return Memory(
         (
             Phase("encode", {"text encoders": sum(map(weights, family.modules("encoders")))}),
@@ -168,7 +167,7 @@ def measure(
             Phase(
                 "train",
                 # Adam's step makes one more copy of the moments' roots, when the activations are gone
-                {**stay, "gradients": gradients, "activations": max(learning, 4 * trained), "points": kept},
+                {**stay, "gradients": gradients, "activations": max(learning, trained), "points": kept},
             ),
             *([Phase("draw", _largest_part(family, denoiser, drawing, images))] if images else []),
         )
@@ -191,9 +190,9 @@ def weights(module: nn.Module) -> int:
 
 
 def moments(plan: TrainPlan, parameters: Iterable[Tensor]) -> int:
-    """Bytes of Adam's two moments: float32, or a byte each and a scale for every 256 of them."""
+    """Bytes of Adam's two moments: as precise as the weights, or a byte each and a scale for every 256 of them."""
     if plan.optimizer == "adam":
-        return sum(8 * parameter.numel() for parameter in parameters)
+        return sum(2 * _size(parameter) for parameter in parameters)
     sizes = [parameter.numel() for parameter in parameters]
     return sum(2 * (n + 4 * math.ceil(n / 256) + 4 * 256) if n >= LEAST_8BIT else 8 * n for n in sizes)
 
@@ -305,7 +304,7 @@ def _stand_in(
     """The family's denoiser out of fake tensors, as the plan trains it; they are fake only inside the block."""
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     student = _twin(family.denoiser, family.dtype)
-    views = LoraViews(student, names, plan.lora, plan.seed) if plan.lora else WeightViews(student, names)
+    views = make_views(student, names, plan)
     if plan.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     with FakeTensorMode():

@@ -25,6 +25,7 @@ class TrainPlan:
         preserve_weight: of that term.
         selection: expression for the trained parameters.
         lora: train an adapter beside them; None trains them themselves.
+        masters: learn in float32 whatever the base's precision; False learns in the base's own.
         objective: anchor, eta, weighting.
         sampling: how x_t is drawn.
         sampler: who draws it, the "student" (the paper) or the "teacher".
@@ -57,6 +58,7 @@ class TrainPlan:
     preserve_weight: float
     selection: str
     lora: Lora | None
+    masters: bool
     objective: Objective
     sampling: Sampling
     sampler: Literal["student", "teacher"]

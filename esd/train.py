@@ -314,6 +314,8 @@ def mixed_precision(config: TrainConfig, launched: str) -> str:
     Raises:
         UserError: the launcher was told something other than no, bf16 or fp16, and the settings do not say.
     """
+    if not config.weights.masters:  # the whole model is of one precision
+        return "no"
     if config.training.mixed_precision != "auto":
         return config.training.mixed_precision
     if launched not in ("no", "bf16", "fp16"):
@@ -358,6 +360,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         prompts=filled(config.concepts),
         selection=config.selection,
         lora=Lora(weights.rank, weights.alpha or float(weights.rank)) if weights.rank else None,
+        masters=weights.masters,
         erase_from=filled(config.erase_from),
         preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=erased))),
         preserve_weight=config.preserve.weight,

@@ -110,7 +110,7 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
             f"training.compile=true: diffusers names no blocks of {type(denoiser).__name__} to compile; set "
             "training.compile=false"
         )
-    views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names)
+    views = make_views(denoiser, names, plan)
     try:
         if plan.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -314,6 +314,13 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     done = (step - plan.warmup) / max(1, plan.updates - plan.warmup)
     shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
     return plan.lr * shape[plan.lr_schedule]
+
+
+def make_views(denoiser: torch.nn.Module, names: Sequence[str], plan: TrainPlan) -> Views:
+    """Student and teacher, as the plan has them learn: an adapter, or the weights themselves."""
+    if plan.lora:
+        return LoraViews(denoiser, names, plan.lora, plan.seed)
+    return WeightViews(denoiser, names, plan.masters)
 
 
 def make_adam(plan: TrainPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
