@@ -495,3 +495,27 @@ def test_a_foreign_base_is_frozen_too_and_keeps_no_gradients(families: Any) -> N
     family, other = families("sd1"), tiny.every("sd1").unet
     QUICK["soft_prompt"].run(Model(family, other), ROWS, Budget(), scorer=SCORER, draw=DRAW)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in other.parameters())
+
+
+def test_the_base_view_follows_its_denoiser_to_another_device(families: Any, tmp_path: Path) -> None:
+    family = make("sd1", tmp_path)
+    view, x, t = checkpoint.base_view(family.pipe), torch.randn(2, 4, 8, 8), torch.tensor(5.0)
+    cond = family.encode(["a cat", "a dog"])
+    with torch.no_grad():
+        here = family.predict(view, x, t, cond)
+        family.denoiser.to("meta")
+        there = family.predict(view, x.to("meta"), t.to("meta"), cond.to("meta"))
+    assert here.device.type == "cpu" and there.device.type == "meta" and here.shape == there.shape
+
+
+@pytest.mark.parametrize("kind", ["completion", "inversion"])
+def test_parts_are_on_the_device_while_they_work_and_prompts_are_read_before(families: Any, kind: str) -> None:
+    family, seen = family_of(families("sd1").pipe), list[tuple[str, ...]]()
+
+    def place(*parts: Any) -> None:
+        seen.append(parts)
+        assert set(family._encoded) == {"", *(row.prompt for row in ROWS)}
+
+    family.place = place  # type: ignore[method-assign]
+    run(family, QUICK[kind])
+    assert seen == [QUICK[kind].parts, ()] and ("encoders" in seen[0]) == (kind == "inversion")
