@@ -31,7 +31,19 @@ from esd.config import TrackerConfig, slug
 from esd.errors import UserError
 
 # Settings that change neither the images nor the weights a run makes, or that are compared on their own.
-NEUTRAL = ("plan_only", "device", "device_memory", "run_dir", "tracker", "evaluation", "batch_size")
+NEUTRAL = (
+    "plan_only",
+    "device",
+    "device_memory",
+    "run_dir",
+    "tracker",
+    "evaluation",
+    "batch_size",
+    "base_images",
+    "judges",
+    "thresholds",
+    "denoiser_points",
+)
 LOCK = ".lock"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 

@@ -36,13 +36,14 @@ def train(config: TrainConfig) -> int:
     check_launch(config.training.processes)
     from esd import selection
     from esd.description import describe
+    from esd.evaluation.judges import load_judge
     from esd.evaluation.vocabulary import Vocabulary
 
     # All that can be wrong without the base's weights is told before these are loaded.
     selection.check(config.selection)
     vocabulary = Vocabulary.load(config.model.path)
     plan = make_plan(config, vocabulary)
-    judge = judge_of(config.model.path)
+    judge = load_judge(config.model.path)
     accelerator = make_accelerator(config, tracker)
     family = load(config.model, accelerator.device)
     if config.training.channels_last:
@@ -186,22 +187,6 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
         if config.tracker.name != "none":
             accelerator.end_training()
     return 0
-
-
-def judge_of(model: str) -> Judge | None:
-    """The judge of a model; None where it ships none.
-
-    Raises:
-        UserError: it ships a damaged one.
-    """
-    from esd.evaluation.judges import load_judge
-
-    try:
-        return load_judge(model)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"model.path={model}: its judge cannot be read ({error!r}); restore that folder") from error
 
 
 def check_evaluation(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
