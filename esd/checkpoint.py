@@ -67,6 +67,12 @@ class Erased:
     provenance: dict[str, Any]
     path: Path
 
+    def identity(self) -> dict[str, Any]:
+        """What says which checkpoint was measured, ready for JSON."""
+        content = self.path.read_bytes()
+        told = {"path": str(self.path), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        return told | {"concepts": self.provenance.get("concepts")}
+
 
 @dataclass(frozen=True)
 class _Applied:

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 import esd
-from esd import checkpoint, seeding
+from esd import checkpoint, config, seeding
 from esd.errors import UserError
 from esd.evaluation import attacks
-from esd.evaluation.attacks import Budget, Completion, Inpainting, Inversion, Model, NoiseProbe, SoftPrompt
+from esd.evaluation.attacks import (
+    Budget,
+    Completion,
+    ConceptScorer,
+    Inpainting,
+    Inversion,
+    Model,
+    NoiseProbe,
+    SoftPrompt,
+)
 from esd.evaluation.attacks.budget import Meter, OutOfBudgetError, cost
 from esd.evaluation.attacks.inpainting import middle
 from esd.evaluation.attacks.learning import denoising_loss
@@ -28,7 +37,6 @@ from esd.evaluation.generate import sample
 from esd.evaluation.judges import Readings
 from esd.evaluation.metrics import wilson
 from esd.evaluation.prompts import PromptRow
-from esd.evaluation.vocabulary import Target
 from esd.families import family_of
 from esd.trajectory import rollout
 from tests import tiny
@@ -412,23 +420,57 @@ def test_a_curve_tells_both_rates_with_their_intervals() -> None:
     assert last["best"]["rate"] == 1 and last["best"]["interval"] == list(wilson(2, 2))
 
 
+class Says:
+    """A judge with given readings of three pictures."""
+
+    name, version, hash, validated, size = "says", "1", "none", "nothing", None
+    questions: tuple[str, ...] = ("thing", "style")
+    unsure: tuple[str, ...] = ("thing",)
+    threshold = 0.4
+
+    def __call__(self, images: np.ndarray) -> Readings:
+        names = {"thing": ["cat", "cat", "dog"], "style": ["flat", "mosaic", "mosaic"]}
+        p = {"thing": np.array([0.9, 0.3, 0.8]), "style": np.array([0.9, 0.5, 0.6])}
+        return Readings(names, p, {"thing": 0.4})
+
+
+class Detects(Says):
+    questions = unsure = ("nudity",)
+
+    def __call__(self, images: np.ndarray) -> Readings:
+        return Readings({"nudity": ["", "breast", "breast"]}, {"nudity": np.array([0.0, 0.3, 0.8])})
+
+
+PICTURES = np.zeros((3, 64, 64, 3), np.uint8)
+
+
+def shown(scorer: ConceptScorer) -> list[bool]:
+    return (scorer(PICTURES) >= scorer.threshold).tolist()
+
+
 def test_the_judges_word_is_the_score() -> None:
-    class Says:
-        name, version, threshold, hash, size = "says", "1", 0.4, "none", 64
-        things, styles = ("cat", "dog"), ("mosaic", "flat")
-
-        def __call__(self, images: np.ndarray) -> Readings:
-            p, low = np.array([0.9, 0.3, 0.8]), np.array([False, True, False])
-            return Readings(["cat", "cat", "dog"], p, ["flat", "mosaic", "mosaic"], np.array([0.9, 0.5, 0.6]), low)
-
-    pictures = np.zeros((3, 64, 64, 3), np.uint8)
-    cat, mosaic = (attacks.ConceptScorer(Says(), Target(*t)) for t in (("thing", "cat"), ("style", "mosaic")))
-    assert cat(pictures).tolist() == [0.9, 0.0, 0.0] and cat.threshold == 0.4
-    assert mosaic(pictures).tolist() == [0.0, 0.5, 0.6] and (mosaic(pictures) >= mosaic.threshold).tolist() == [
+    cat, mosaic = ConceptScorer(Says(), "thing", "Cat"), ConceptScorer(Says(), "style", "mosaic")
+    assert cat(PICTURES).tolist() == [0.9, 0.3, 0.0] and cat.name == "says: Cat"
+    assert shown(cat) == [True, False, False] and shown(ConceptScorer(Says(), "thing", "cat", 0.2)) == [
+        True,
+        True,
         False,
-        True,
-        True,
     ]
+    assert shown(mosaic) == [False, True, True]  # believed always
+    assert shown(ConceptScorer(Detects(), "nudity", None)) == [False, False, True]
+
+
+def test_a_scorer_reads_what_all_prompts_ask_for() -> None:
+    rows = [
+        PromptRow(i, "a cat", i, labels={"style": style, "thing": "cat"}) for i, style in enumerate(["flat", "neon"])
+    ]
+    found = ConceptScorer.of_rows(Says(), rows)
+    assert (found.question, found.answer) == ("thing", "cat")
+    detects = ConceptScorer.of_rows(Detects(), ROWS, 0.25)
+    assert detects.answer is None and shown(detects) == [False, True, True]
+    for odd in (ROWS, [rows[0], PromptRow(3, "a dog", 1, labels={"style": "neon", "thing": "dog"})]):
+        with pytest.raises(UserError, match="share no label"):
+            ConceptScorer.of_rows(Says(), odd)
 
 
 @pytest.mark.parametrize(
@@ -441,6 +483,7 @@ def test_the_judges_word_is_the_score() -> None:
         ("sd1", SoftPrompt(tokens=99), ROWS, "reads 12 tokens"),
         ("sd1", QUICK["noise"], [], "at least one"),
         ("sd1", QUICK["noise"], [ROWS[0], PromptRow(9, "a cat", 1, guidance=1.5)], r"\[1.5, 3.0\]"),
+        ("sd1", QUICK["noise"], [PromptRow(9, "a cat", 1, height=32, width=32)], "case_number 9 asks for a size"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(families: Any, name: str, attack: Any, rows: Any, message: str) -> None:
@@ -459,7 +502,13 @@ def test_what_does_not_fit_is_refused_in_words(families: Any, name: str, attack:
         lambda: SoftPrompt(tokens=0),
         lambda: SoftPrompt(lr=float("nan")),
         lambda: Inversion(steps=0),
-        lambda: attacks.find("telepathy"),
+        lambda: attacks.make("telepathy", {}),
+        lambda: attacks.make("soft_prompt", {"token": 2}),
+        lambda: attacks.make("soft_prompt", {"tokens": 2.5}),
+        lambda: attacks.make("soft_prompt", {"lr": "fast"}),
+        lambda: attacks.make("soft_prompt", {"steps": True}),
+        lambda: attacks.make("noise", {"etas": 1.0}),
+        lambda: attacks.make("completion", {"interrupts": [1, 2.5]}),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: Any) -> None:
@@ -467,8 +516,15 @@ def test_settings_out_of_range_are_refused(wrong: Any) -> None:
         wrong()
 
 
-def test_attacks_are_found_by_name() -> None:
-    assert {name: attacks.find(name).name for name in QUICK} == {name: name for name in QUICK}
+@pytest.mark.parametrize("kind", list(QUICK))
+def test_an_attack_is_made_again_from_its_name_and_its_settings_as_json(kind: str) -> None:
+    assert attacks.make(kind, json.loads(json.dumps(QUICK[kind].settings))) == QUICK[kind]
+    assert attacks.make(kind, {}) == type(QUICK[kind])()
+
+
+def test_the_configuration_knows_every_attack() -> None:
+    assert tuple(QUICK) == config.ATTACKS
+    assert attacks.make("noise", {"etas": [1, 2]}) == NoiseProbe(etas=(1, 2))  # a whole number is a number
 
 
 def test_a_model_without_erased_weights_or_with_checkpointing_is_refused() -> None:

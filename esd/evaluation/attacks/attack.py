@@ -99,7 +99,7 @@ class Attack(ABC):
             UserError: see `refuse`; or a budget that ends before the first picture.
         """
         self.refuse(model.family, rows, draw)
-        draw = replace(draw, guidance_scale=_guidance(rows, draw))
+        draw = replace(draw, guidance_scale=draw.guidance_scale if rows[0].guidance is None else rows[0].guidance)
         family, curves = model.family, dict[str, Curve]()
         family.encode([row.prompt for row in rows])  # while the text encoders may be on the device
         family.null()
@@ -117,15 +117,25 @@ class Attack(ABC):
     def refuse(self, family: Family, rows: Sequence[PromptRow], draw: DrawSettings) -> None:
         """Raises UserError where this attack cannot be run so; draws nothing.
 
-        There are no rows, or rows of several guidance scales; gradient checkpointing is on; or it does not fit the
-        model, the rows or the way of drawing.
+        There are no rows, or rows of several guidance scales or of a size of their own; gradient checkpointing is on;
+        or it does not fit the model, the rows or the way of drawing.
         """
-        _guidance(rows, draw)
+        if not rows:
+            raise UserError("an attack needs rows; give at least one prompt that names the concept")
+        scales = {draw.guidance_scale if row.guidance is None else row.guidance for row in rows}
+        if len(scales) > 1:
+            raise UserError(f"the rows ask for guidance scales {sorted(scales)}; allowed: one; attack them apart")
+        if odd := next((row for row in rows if row.height or row.width), None):
+            raise UserError(
+                f"case_number {odd.case_number} asks for a size of its own; attacks draw the model's own; leave height "
+                "and width out"
+            )
         if getattr(family.denoiser, "is_gradient_checkpointing", False):
             raise UserError(
                 "the denoiser has gradient checkpointing on, under which the base beside it would get wrong gradients; "
                 f"call {type(family.denoiser).__name__}.disable_gradient_checkpointing() first"
             )
+        family.scheduler(draw.num_steps)  # tells whether it knows so many
         self.check(family, rows, draw)
 
     @abstractmethod
@@ -144,16 +154,6 @@ class Attack(ABC):
             subject: as for `tries`.
             found: what the attack's last try had learned.
         """
-
-
-def _guidance(rows: Sequence[PromptRow], draw: DrawSettings) -> float:
-    """The one guidance scale of all rows."""
-    if not rows:
-        raise UserError("an attack needs rows; give at least one prompt that names the concept")
-    scales = {draw.guidance_scale if row.guidance is None else row.guidance for row in rows}
-    if len(scales) > 1:
-        raise UserError(f"the rows ask for guidance scales {sorted(scales)}; allowed: one; attack them apart")
-    return scales.pop()
 
 
 def _measure(

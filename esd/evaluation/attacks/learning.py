@@ -157,5 +157,5 @@ def denoising_loss(
 
 def whole(name: str, value: float) -> None:
     """Raises UserError unless a setting is a whole number of at least 1."""
-    if value != int(value) or value < 1:
+    if not (math.isfinite(value) and value == int(value) and value >= 1):
         raise UserError(f"{name} is {value}; allowed: a whole number, at least 1")

@@ -10,7 +10,6 @@ An attack that is in metrics.json already is not run again, so the same call res
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -128,15 +127,12 @@ def _facts(
     told = {
         "suite": "attacks",
         "base": base_of(family),
-        "checkpoint": {
-            "path": str(erased.path),
-            "sha256": hashlib.sha256(erased.path.read_bytes()).hexdigest(),
-            "concepts": erased.provenance.get("concepts"),
-        },
+        "checkpoint": erased.identity(),
         "scorer": {key: getattr(scorer, key) for key in ("name", "version", "threshold", "hash")},
         "draw": {"num_steps": draw_settings.num_steps, "guidance_scale": draw_settings.guidance_scale},
         "budget": asdict(budget),
         "seed": seed,
+        "cut": family.cut([row.prompt for row in rows]),
         "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
     }
     return json.loads(json.dumps(told))
