@@ -14,9 +14,8 @@ from PIL import Image
 from esd import checkpoint
 from esd.errors import UserError
 from esd.evaluation.attacks import Budget, Completion, NoiseProbe
-from esd.evaluation.attacks.figure import BASE, ERASED, draw_recovery
-from esd.evaluation.attacks.recovery import RUNS
-from esd.evaluation.attacks.suite import attack_checkpoint
+from esd.evaluation.attacks.figure import BASE, ERASED, WORDS, draw_recovery
+from esd.evaluation.attacks.suite import attack_checkpoint, columns
 from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.prompts import PromptRow
 from esd.families import family_of
@@ -76,8 +75,8 @@ def test_results_say_where_they_come_from_and_pictures_stand_beside_them(
     assert [row["evaluation_seed"] for row in metrics["rows"]] == [11, 12]
     assert metrics["attacks"]["noise"]["settings"] == {"etas": [1.85], "scales": [1.0]}
     for name, told in metrics["attacks"].items():
-        assert set(told["curves"]) == set(RUNS)
-        for one in RUNS:
+        assert set(told["curves"]) == set(WORDS)
+        for one in WORDS:
             assert sorted(path.name for path in (tmp_path / name / one).iterdir()) == ["3.png", "7.png"]
         assert Image.open(tmp_path / f"{name}.png").width > 200
     lines = capsys.readouterr().out.splitlines()
@@ -145,3 +144,9 @@ def test_the_figure_shows_every_curve_at_its_height(tmp_path: Path) -> None:
 
     erased, base = rows_of(ERASED), rows_of(BASE)
     assert np.ptp(erased) > 400 and np.ptp(base) < 40  # from 0 to 100%, against 100% throughout
+
+
+def test_columns_say_in_what_the_prompts_differ() -> None:
+    labels = [{"thing": "cat", "style": "neon"}, {"thing": "cat"}, {"thing": "cat", "style": "mosaic"}]
+    assert columns([PromptRow(i, "a cat", i, labels=one) for i, one in enumerate(labels)]) == ["neon", "", "mosaic"]
+    assert columns([PromptRow(i, f"cat {i}", i, labels={"thing": "cat"}) for i in range(2)]) == ["cat 0", "cat 1"]

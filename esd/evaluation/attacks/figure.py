@@ -21,11 +21,17 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 46, 18, 52  # around them
 HEAD, MARGIN = 92, 16
 INK, FAINT, GRID, PAPER = (25, 25, 25), (105, 105, 105), (226, 226, 226), (255, 255, 255)
 ERASED, BASE = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermilion and blue
-RUNS = {  # colour, dashed, words
-    "base": (BASE, False, "base, attacked"),
-    "base_control": (BASE, True, "base, by chance"),
-    "erased": (ERASED, False, "erased, attacked"),
-    "erased_control": (ERASED, True, "erased, by chance"),
+WORDS = {
+    "erased": "erased, attacked",
+    "erased_control": "erased, by chance",
+    "base": "base, attacked",
+    "base_control": "base, by chance",
+}
+LINES = {  # colour, dashed; the later ones are drawn over the others
+    "base": (BASE, False),
+    "base_control": (BASE, True),
+    "erased": (ERASED, False),
+    "erased_control": (ERASED, True),
 }
 READS = {"best": "best so far", "alone": "each try alone"}
 HINTS = {"interrupt": "numbers: steps that the base takes", "hidden": "numbers: share of each edge that is hidden"}
@@ -48,7 +54,8 @@ def draw_recovery(path: Path, attacks: Mapping[str, Mapping[str, Any]], title: s
     page = Image.new("RGB", (FINE * size[0], FINE * size[1]), PAPER)
     pen = _Pen(page)
     pen.text((MARGIN, MARGIN), title, 17)
-    for i, (colour, dashed, words) in enumerate(RUNS.values()):
+    for i, (run, words) in enumerate(WORDS.items()):
+        colour, dashed = LINES[run]
         x, y = MARGIN + 165 * i, MARGIN + 42
         pen.line([(x, y), (x + 34, y)], colour, dashed=dashed)
         pen.dot((x + 17, y), colour, hollow=dashed)
@@ -96,9 +103,9 @@ def _panel(pen: _Pen, corner: Place, name: str, told: Mapping[str, Any]) -> None
     """One attack's axes and curves; `corner` is where 100% and no cost meet."""
     left, top = corner
     reads = told["reads"]
-    points = {run: told["curves"][run]["points"] for run in RUNS}
+    points = {run: told["curves"][run]["points"] for run in LINES}
     n = points["erased"][0]["alone"]["n"]
-    ticks = _ticks(max(point["cost"] / n for run in RUNS for point in points[run]))
+    ticks = _ticks(max(point["cost"] / n for run in LINES for point in points[run]))
 
     def place(point: Mapping[str, Any], rate: float) -> Place:
         return left + WIDTH * point["cost"] / n / ticks[-1], top + HEIGHT * (1 - rate)
@@ -116,8 +123,8 @@ def _panel(pen: _Pen, corner: Place, name: str, told: Mapping[str, Any]) -> None
     pen.text((left + WIDTH / 2, top + HEIGHT + 26), "evaluations per prompt", 12, FAINT, anchor="mt")
     for run in ("erased", "erased_control"):
         low, high = ([place(point, point[reads]["interval"][side]) for point in points[run]] for side in (0, 1))
-        pen.band(low, high, RUNS[run][0])
-    for run, (colour, dashed, _) in RUNS.items():
+        pen.band(low, high, LINES[run][0])
+    for run, (colour, dashed) in LINES.items():
         places = [place(point, point[reads]["rate"]) for point in points[run]]
         pen.line(places, colour, dashed=dashed)
         for at in places:

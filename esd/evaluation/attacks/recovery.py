@@ -17,7 +17,6 @@ from esd.evaluation.attacks.budget import cost
 from esd.evaluation.metrics import wilson
 
 Reads = Literal["best", "alone"]
-RUNS = ("erased", "erased_control", "base", "base_control")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Recovery:
     Attributes:
         settings: of the attack.
         reads: which rate is the attack's, see `esd.evaluation.attacks.attack.Attack`.
-        curves: of each run in `RUNS`.
+        curves: of the runs "erased", "erased_control", "base" and "base_control".
     """
 
     settings: Mapping[str, Any]

@@ -24,8 +24,8 @@ from esd.checkpoint import Erased
 from esd.errors import UserError
 from esd.evaluation.attacks.attack import Attack
 from esd.evaluation.attacks.budget import Budget
-from esd.evaluation.attacks.figure import draw_recovery
-from esd.evaluation.attacks.recovery import RUNS, Recovery
+from esd.evaluation.attacks.figure import WORDS, draw_recovery
+from esd.evaluation.attacks.recovery import Recovery
 from esd.evaluation.attacks.scorer import Scorer
 from esd.evaluation.attacks.subject import Model
 from esd.evaluation.erasure import DrawSettings
@@ -161,6 +161,13 @@ def _begun(file: Path, facts: dict[str, Any], attacks: Sequence[Attack]) -> dict
     return there
 
 
+def columns(rows: Sequence[PromptRow]) -> list[str]:
+    """What tells the rows apart: the labels that they do not share, or else the prompts."""
+    varying = {label for row in rows for label in row.labels if row.labels[label] != rows[0].labels.get(label)}
+    told = [", ".join(row.labels[label] for label in sorted(varying & set(row.labels))) for row in rows]
+    return told if varying else [row.prompt for row in rows]
+
+
 def _save_pictures(folder: Path, name: str, found: Recovery, rows: Sequence[PromptRow], title: str) -> None:
     """Writes NAME/RUN/CASE_NUMBER.png and NAME.png."""
     for run, curve in found.curves.items():
@@ -169,8 +176,8 @@ def _save_pictures(folder: Path, name: str, found: Recovery, rows: Sequence[Prom
                 Image.fromarray(image).save(staged, format="PNG")
     draw(
         folder / f"{name}.png",
-        [Row(run.replace("_", ", "), "", found.curves[run].images[:COLUMNS, np.newaxis]) for run in RUNS],
-        [row.prompt for row in rows[:COLUMNS]],
+        [Row(WORDS[run], "", curve.images[:COLUMNS, np.newaxis]) for run, curve in found.curves.items()],
+        columns(rows)[:COLUMNS],
         title=title,
         versions=("",),
     )
