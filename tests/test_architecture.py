@@ -19,7 +19,7 @@ PACKAGE = ROOT / "esd"
 # A package stands for everything in it.
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "objectives", "seeding", "selection"),
-    1: ("families", "weights", "lora"),
+    1: ("families", "weights", "lora", "float8"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress"),
     3: ("plan", "trainer", "description", "memory", "evaluation"),
     4: ("config", "run", "model", "main", "train", "generate", "files", "cli"),
