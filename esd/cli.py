@@ -8,6 +8,7 @@ from importlib import import_module
 PROGRAMS = {
     "train": "erase concepts from a model",
     "generate": "draw prompts with a base and its erased model, side by side",
+    "evaluate": "have judges read what a base and its erased model draw",
     "files": "inspect and export erased checkpoints",
 }
 

@@ -57,7 +57,7 @@ class ModelConfig:
     revision: str | None = option(None, "commit of a hub model; pin one to know what you erased from")
     precision: str = option(
         "float32",
-        "of the frozen weights; the trained ones are always float32",
+        "of the frozen weights; the trained ones are float32, unless weights.masters=false",
         one_of=("float32", "bfloat16", "float16"),
     )
 
@@ -110,6 +110,9 @@ class WeightsConfig:
         None,
         "how the frozen weights are stored: null is as model.precision has them, float8 a byte for each; for lora",
         one_of=("float8",),
+    )
+    masters: bool = option(
+        True, "learn in float32 over a bfloat16 base; false learns in bfloat16, as upstream, and loses small steps"
     )
 
 
@@ -276,7 +279,7 @@ class TrainConfig:
                 )
         check_slots("prompts", self.prompts, ("{}", "{thing}", "{style}"))
         check_slots("preserve.prompts", self.preserve.prompts, ("{thing}", "{style}"))
-        check_precision(self.model.precision, self.training.mixed_precision)
+        check_precision(self.model.precision, self.training.mixed_precision, self.weights)
         if self.training.optimizer == "adam8bit" and not importlib.util.find_spec("bitsandbytes"):
             raise UserError(
                 "training.optimizer=adam8bit needs bitsandbytes, which is not installed; install the extra 8bit, as in "
@@ -303,13 +306,20 @@ class TrainConfig:
 class GenerateConfig:
     """Everything `python -m esd.generate` takes."""
 
-    prompts: Any = option(None, "a .csv or .jsonl file of prompts, or a list: prompts='[a cat, a dog]'")
+    prompts: Any = option(
+        None,
+        "a .csv or .jsonl file, a list such as '[a cat, a dog]', or a set known by its hash, esd_vangogh:PATH; "
+        "{thing} and {style} run over all the model knows",
+    )
     checkpoint: str | None = option(None, "erased.safetensors or a run directory; null draws the base alone")
     run_dir: str | None = option(None, "where images go; null is runs/images-<prompts>")
     images_per_prompt: int = option(1, "each with its own seed", at_least=1)
     num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
     guidance_scale: float = option(4.0, "classifier-free guidance, where a prompt's row sets none", at_least=0)
     batch_size: int = option(16, "images per call; changes no image", at_least=1)
+    base_images: str | None = option(
+        None, "a folder in which the base's images are kept and found again, whatever the run; null keeps none"
+    )
     seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     plan_only: bool = option(False, "say what would be drawn, and stop")
@@ -317,20 +327,127 @@ class GenerateConfig:
 
     def check(self) -> None:
         """Raises UserError for the first value that is out of its range; touches no file and no model."""
+        self.check_drawing()
+        self.prompts = check_prompts(self.prompts)
+
+    def check_drawing(self) -> None:
+        """As `check`, of all but the prompts."""
         check_ranges(self)
         check_device(self.device)
         self.model.path, self.run_dir = expanded(self.model.path), expanded(self.run_dir)
-        if isinstance(self.prompts, str):
-            self.prompts = expanded(self.prompts)
-        if not self.prompts or not isinstance(self.prompts, str | list):
-            raise UserError(
-                f"prompts={self.prompts!r}: nothing to draw; allowed: a .csv or .jsonl file, or a list such "
-                "as prompts='[a cat, a dog]'"
-            )
+        self.base_images = expanded(self.base_images)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the prompts."""
         return Path(self.run_dir or Path("runs", "images-" + slug(str(self.prompts))))
+
+
+@dataclass
+class SuiteConfig:
+    """What is measured."""
+
+    name: str = option(
+        "prompts",
+        "what is measured: prompts reads a checkpoint on prompts, emoji_canvas erases in turn all that it reads on",
+        one_of=("prompts", "emoji_canvas"),
+    )
+    things: list[str] = option([], "of the canvas; [] is all that the model knows")
+    styles: list[str] = option([], "of the canvas; [] is all that the model knows")
+
+
+@dataclass
+class MethodConfig:
+    """How the canvas erases."""
+
+    name: str | None = option(None, "of the method, for the table")
+    training: list[str] = option([], "settings of esd.train, after those of experiment=erase_thing or erase_style")
+
+
+@dataclass
+class EvaluateConfig(GenerateConfig):
+    """Everything `python -m esd.evaluate` takes: what `esd.generate` does, and who reads the images."""
+
+    run_dir: str | None = option(None, "where results go; null is runs/evaluate-<prompts and checkpoint>")
+    base_images: str | None = option(
+        "runs/base-images",
+        "a folder in which the base's images are kept and found again, whatever the run; null keeps none",
+    )
+    limit: int | None = option(
+        None,
+        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all",
+        at_least=1,
+    )
+    judges: list[str] = option(
+        [],
+        "who reads the images: emoji-judge, emoji-clip, clip:NAME, resnet50, nudenet, nsfw:NAME, ssim, lpips; [] takes "
+        "the model's own",
+    )
+    thresholds: Any = option(None, "of judges, in place of their own: thresholds={nudenet: 0.6}")
+    denoiser_points: int = option(
+        10, "times t at which the denoiser itself is compared with the base's; 0 skips it", at_least=0
+    )
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is out of its range; touches no file and no model."""
+        if self.suite.name == "emoji_canvas":
+            self.check_drawing()
+            self.check_canvas()
+        else:
+            super().check()
+            self.check_no_canvas()
+        if not isinstance(self.thresholds or {}, dict):
+            raise UserError(f"thresholds={self.thresholds}; allowed: judges with numbers, thresholds={{nudenet: 0.6}}")
+        for name, threshold in (self.thresholds or {}).items():
+            number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+            if not number or not 0 <= threshold <= 1:
+                raise UserError(f"thresholds: {name}={threshold}; allowed: a number from 0 to 1, such as 0.5")
+
+    def check_canvas(self) -> None:
+        """Raises UserError where the canvas gets no method, or what it makes itself."""
+        own: dict[str, Any] = dict.fromkeys(("prompts", "checkpoint", "thresholds"))
+        own |= {"judges": [], "denoiser_points": 0}
+        for name, value in own.items():
+            if (given := getattr(self, name)) != value:
+                raise UserError(
+                    f"{name}={given} says nothing to suite=emoji_canvas, which makes its own prompts and checkpoints "
+                    "and asks the model's own judge; leave it out"
+                )
+        if not self.method.name:
+            raise UserError("suite=emoji_canvas needs a method to erase by, such as method=esd_u or method=esd_x")
+        fixed = ("experiment", "concepts", "prompts", "run_dir", "model", "seed", "device", "evaluation", "plan_only")
+        for setting in self.method.training:
+            if setting.lstrip("+~").partition("=")[0].partition(".")[0] in fixed:
+                raise UserError(f"method.training: {setting!r} is the canvas' to set; leave it out")
+
+    def check_no_canvas(self) -> None:
+        """Raises UserError for a setting of the canvas without one."""
+        given = {
+            "method": self.method.name,
+            "method.training": self.method.training,
+            "suite.things": self.suite.things,
+            "suite.styles": self.suite.styles,
+        }
+        for name, value in given.items():
+            if value:
+                raise UserError(f"{name}={value} says nothing to suite={self.suite.name}; set suite=emoji_canvas")
+
+    def run_path(self) -> Path:
+        """The run directory: as given, or named after the prompts and the checkpoint, or the canvas' method."""
+        if self.suite.name == "emoji_canvas":
+            return Path(self.run_dir or Path("runs", f"canvas-{self.method.name}"))
+        return Path(self.run_dir or Path("runs", "evaluate-" + slug(f"{self.prompts} {self.checkpoint or 'base'}")))
+
+
+def check_prompts(prompts: Any) -> str | list[Any]:
+    """The prompts of a program that draws, a leading ~ of a path replaced; raises UserError for none."""
+    if not prompts or not isinstance(prompts, str | list):
+        raise UserError(
+            f"prompts={prompts!r}: nothing to draw; allowed: a .csv or .jsonl file, a set such as i2p:PATH, or a "
+            "list such as prompts='[a cat, a dog]'"
+        )
+    return expanded(prompts) if isinstance(prompts, str) else prompts
 
 
 def check_weights(weights: WeightsConfig) -> None:
@@ -424,8 +541,20 @@ def check_slots(name: str, templates: Sequence[str], slots: Sequence[str]) -> No
             raise UserError(f"{name}: {template!r} holds braces that nothing fills; allowed: {', '.join(slots)}")
 
 
-def check_precision(base: str, mixed: str) -> None:
-    """Raises UserError where float32 weights would stand in a narrower model without the autocast that fits it."""
+def check_precision(base: str, mixed: str, weights: WeightsConfig) -> None:
+    """Raises UserError where float32 weights would stand in a narrower model without the autocast that fits it.
+
+    Without float32 masters there is nothing to cast, and what would be said of a model that is float32 itself, or of
+    an adapter, which is always float32, would be ignored. Float16 weights would overflow: their gradients cannot be
+    scaled back.
+    """
+    if not weights.masters:
+        if base != "bfloat16" or weights.kind == "lora" or mixed not in ("auto", "no"):
+            raise UserError(
+                f"weights.masters=false with model.precision={base}, weights={weights.kind} and training."
+                f"mixed_precision={mixed}: allowed with bfloat16, full, and auto or no; or weights.masters=true"
+            )
+        return
     fits = {"bfloat16": ("auto", "bf16"), "float16": ("auto", "fp16")}.get(base)
     if fits and mixed not in fits:
         raise UserError(

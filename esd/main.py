@@ -50,6 +50,7 @@ Flags: --multirun runs every combination of a=1,2 b=x,y, each in its own directo
 experiment=mine. --cfg job prints the settings as composed. The same command resumes a stopped run.
 Exit codes: 0 done, 2 a mistake in the input, 130 (Ctrl-C) and 143 (SIGTERM) stopped and resumable, 1 a fault of
 esd. A sweep goes on after a job that failed and ends with its code."""
+LAUNCHED = ("train", "generate", "evaluate")  # programs that share their work out among processes
 EXIT_USER = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as shells have it
 
@@ -276,7 +277,7 @@ def help_text(name: str, schema: type) -> str:
     """The text of --help: an example, every setting with its default and meaning, groups, flags, codes."""
     yaml = (conf_dir() / f"{name}.yaml").read_text()
     example = yaml.splitlines()[0].lstrip("# ")
-    launch = f", or accelerate launch -m esd.{name} ..." if name == "train" else ""
+    launch = f", or accelerate launch -m esd.{name} ..." if name in LAUNCHED else ""
     lines = [
         f"usage: python -m esd.{name} SETTING=VALUE ...   (or: esd {name} ...{launch})",
         "",

@@ -35,11 +35,10 @@ from torch.utils._pytree import tree_leaves
 
 from esd import float8, objectives
 from esd.families import Conditioning, Family
-from esd.lora import LoraViews
 from esd.plan import TrainPlan
-from esd.trainer import LEAST_8BIT
+from esd.trainer import LEAST_8BIT, make_views
 from esd.trajectory import times
-from esd.weights import Views, WeightViews
+from esd.weights import Views
 
 GB = 2**30  # as cards are sold
 RESERVE = 1.0  # GB of a card that are not a run's to fill
@@ -128,17 +127,17 @@ def measure(
     sampled = min(asked, asking if not plan.rollouts else rows * plan.rollouts if free else asked)
     with _stand_in(family, plan, names, cond, mixed_precision) as model:
         parameters = model.views.parameters()
-        trained = sum(parameter.numel() for parameter in parameters)
+        trained = sum(map(_size, parameters))
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
         passing = model.passing(sampled, latents)
-        learning = model.learning(plan, latents) - 4 * trained
+        learning = model.learning(plan, latents) - trained
         drawing = model.passing(images * (2 if guided and guidance_scale > 1 else 1), family.latent_shape())
-    denoiser, gradients = weights(family.denoiser), 4 * trained
+    denoiser, gradients = weights(family.denoiser), trained
     # pictures are of erased weights, which float8 would round away: those selected are drawn with as they are
     frozen, drawn = float8.spared(family.denoiser), float8.spared(family.denoiser, but=names)
     stay = {
         "frozen weights": denoiser - (0 if plan.lora else copies) - (frozen if plan.frozen else 0),
-        "trained weights": 4 * trained,
+        "trained weights": trained,
         "their base": copies,
         "Adam's moments": moments(plan, parameters),
         "DDP's buckets": gradients if processes > 1 else 0,
@@ -149,7 +148,7 @@ def measure(
         "encode": {"text encoders": sum(map(weights, family.modules("encoders")))},
         "sample": {**stay, "gradients": gradients * keeps_gradients, "activations": passing, "points": making},
         # Adam's step makes one more copy of the moments' roots, when the activations are gone
-        "train": {**stay, "gradients": gradients, "activations": max(learning, 4 * trained), "points": kept},
+        "train": {**stay, "gradients": gradients, "activations": max(learning, trained), "points": kept},
     }
     if images:
         parts["draw"] = _largest_part(family, denoiser - (drawn if plan.frozen else 0), drawing, images)
@@ -223,9 +222,9 @@ def weights(module: nn.Module) -> int:
 
 
 def moments(plan: TrainPlan, parameters: Iterable[Tensor]) -> int:
-    """Bytes of Adam's two moments: float32, or a byte each and a scale for every 256 of them."""
+    """Bytes of Adam's two moments: as precise as the weights, or a byte each and a scale for every 256 of them."""
     if plan.optimizer == "adam":
-        return sum(8 * parameter.numel() for parameter in parameters)
+        return sum(2 * _size(parameter) for parameter in parameters)
     sizes = [parameter.numel() for parameter in parameters]
     return sum(2 * (n + 4 * math.ceil(n / 256) + 4 * 256) if n >= LEAST_8BIT else 8 * n for n in sizes)
 
@@ -338,7 +337,7 @@ def _stand_in(
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     student = _twin(family.denoiser, family.dtype)
     with float8.stored(student) if plan.frozen else nullcontext():
-        views = LoraViews(student, names, plan.lora, plan.seed) if plan.lora else WeightViews(student, names)
+        views = make_views(student, names, plan)
         if plan.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         with FakeTensorMode():

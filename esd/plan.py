@@ -26,6 +26,7 @@ class TrainPlan:
         selection: expression for the trained parameters.
         lora: train an adapter beside them; None trains them themselves.
         frozen: "float8" stores the weights beside which an adapter is trained in a byte each; None as they are.
+        masters: learn in float32 whatever the base's precision; False learns in the base's own.
         objective: anchor, eta, weighting.
         sampling: how x_t is drawn.
         sampler: who draws it, the "student" (the paper) or the "teacher".
@@ -60,6 +61,7 @@ class TrainPlan:
     selection: str
     lora: Lora | None
     frozen: Literal["float8"] | None
+    masters: bool
     objective: Objective
     sampling: Sampling
     sampler: Literal["student", "teacher"]

@@ -34,7 +34,7 @@ from esd.errors import UserError
 # of processes is with the training state.
 NEUTRAL = (
     *("plan_only", "device", "device_memory", "run_dir", "tracker", "evaluation", "batch_size"),
-    *("training.save_every", "training.processes"),
+    *("training.save_every", "training.processes", "base_images", "judges", "thresholds", "denoiser_points"),
 )
 LOCK = ".lock"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")

@@ -36,13 +36,14 @@ def train(config: TrainConfig) -> int:
     check_launch(None if elsewhere(config) else config.training.processes)
     from esd import selection
     from esd.description import describe
+    from esd.evaluation.judges import load_judge
     from esd.evaluation.vocabulary import Vocabulary
 
     # All that can be wrong without the base's weights is told before these are loaded.
     selection.check(config.selection)
     vocabulary = Vocabulary.load(config.model.path)
     plan = make_plan(config, vocabulary)
-    judge = judge_of(config.model.path)
+    judge = load_judge(config.model.path)
     accelerator = make_accelerator(config, tracker)
     family = load(config.model, accelerator.device)
     if config.training.channels_last:
@@ -201,22 +202,6 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
     return 0
 
 
-def judge_of(model: str) -> Judge | None:
-    """The judge of a model; None where it ships none.
-
-    Raises:
-        UserError: it ships a damaged one.
-    """
-    from esd.evaluation.judges import load_judge
-
-    try:
-        return load_judge(model)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"model.path={model}: its judge cannot be read ({error!r}); restore that folder") from error
-
-
 def check_evaluation(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
     """Refuses before training what would fail after it.
 
@@ -345,6 +330,8 @@ def mixed_precision(config: TrainConfig, launched: str) -> str:
     Raises:
         UserError: the launcher was told something other than no, bf16 or fp16, and the settings do not say.
     """
+    if not config.weights.masters:  # the whole model is of one precision
+        return "no"
     if config.training.mixed_precision != "auto":
         return config.training.mixed_precision
     if launched not in ("no", "bf16", "fp16"):
@@ -391,6 +378,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         selection=config.selection,
         lora=Lora(weights.rank, weights.alpha or float(weights.rank)) if weights.rank else None,
         frozen=weights.frozen,
+        masters=weights.masters,
         erase_from=filled(config.erase_from),
         preserve=tuple(in_turns(spared_prompts(config.preserve.prompts, vocabulary, erased))),
         preserve_weight=config.preserve.weight,

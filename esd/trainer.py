@@ -112,7 +112,7 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
         )
     with float8.stored(denoiser) if plan.frozen else nullcontext():  # before it takes any of the device
         family.place("denoiser")
-        views = LoraViews(denoiser, names, plan.lora, plan.seed) if plan.lora else WeightViews(denoiser, names)
+        views = make_views(denoiser, names, plan)
         try:
             if plan.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()
@@ -316,6 +316,13 @@ def learning_rate(plan: TrainPlan, step: int) -> float:
     done = (step - plan.warmup) / max(1, plan.updates - plan.warmup)
     shape = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
     return plan.lr * shape[plan.lr_schedule]
+
+
+def make_views(denoiser: torch.nn.Module, names: Sequence[str], plan: TrainPlan) -> Views:
+    """Student and teacher, as the plan has them learn: an adapter, or the weights themselves."""
+    if plan.lora:
+        return LoraViews(denoiser, names, plan.lora, plan.seed)
+    return WeightViews(denoiser, names, plan.masters)
 
 
 def make_adam(plan: TrainPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -10,7 +10,8 @@ Selected tensors become float32 masters whatever the base's precision: at learni
 weight mostly never moves, the update being under half its last bit. A float32 master inside a bf16 model
 needs autocast around the student's forward pass; the teacher's tensors keep the base's precision and need
 none. Where there is autocast the teacher runs under it too: both round alike, and it is then bit for bit what the
-base says under autocast, which over a float32 base is not what the base says without.
+base says under autocast, which over a float32 base is not what the base says without. Training without masters
+is there to reproduce the scripts that do: `masters=False`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Views(ABC):
 
     @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The live float32 parameters that are learned, by name, in the order selected."""
+        """The live parameters that are learned, by name, in the order selected."""
 
     @abstractmethod
     def differences(self) -> Mapping[str, Tensor]:
@@ -123,15 +124,16 @@ class WeightViews(Views):
     """The selected parameters themselves are learned; the teacher is called with copies of their beginnings.
 
     Args:
-        module: the denoiser; changed in place: selected parameters become float32 and require gradients,
+        module: the denoiser; changed in place: selected parameters become float32 masters and require gradients,
             every other parameter stops requiring them.
         names: full parameter names of `module`.
+        masters: learn in float32; False learns in the precision that the parameters have.
 
     Raises:
         UserError: no name given, or one that the module does not have.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, names: Iterable[str], masters: bool = True) -> None:
         self.names = tuple(names)
         parameters = dict(module.named_parameters())
         missing = [name for name in self.names if name not in parameters]
@@ -141,7 +143,8 @@ class WeightViews(Views):
         super().__init__(module)
         self.base: dict[str, Tensor] = {name: parameters[name].detach().clone() for name in self.names}
         for name in self.names:
-            parameters[name].data = parameters[name].data.float()
+            if masters:
+                parameters[name].data = parameters[name].data.float()
             parameters[name].requires_grad_(True)
         self.teacher = Teacher(module, self.base)
 
@@ -153,17 +156,17 @@ class WeightViews(Views):
     @torch.no_grad()
     def differences(self) -> dict[str, Tensor]:
         """Student minus base by name, float32 on the CPU."""
-        return {name: (p - self.base[name].float()).cpu() for name, p in self.named_parameters().items()}
+        return {name: (p.float() - self.base[name].float()).cpu() for name, p in self.named_parameters().items()}
 
     @torch.no_grad()
     def pull(self, share: float) -> float:
         """Moves every parameter this share of the way back; returns the distance left (L2)."""
         squares = []
         for name, parameter in self.named_parameters().items():
-            base = self.base[name].float()
+            base = self.base[name].to(parameter.dtype)
             if share:
                 parameter.lerp_(base, share)
-            squares.append((parameter - base).square().sum())
+            squares.append((parameter.float() - base.float()).square().sum())
         return float(torch.stack(squares).sum().sqrt())
 
     def _take_off(self) -> None:

@@ -19,6 +19,7 @@ PLAN = TrainPlan(
     selection="cross.k + cross.v",
     lora=None,
     frozen=None,
+    masters=True,
     objective=Objective(),
     sampling=SAMPLING,
     sampler="teacher",

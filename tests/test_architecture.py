@@ -22,9 +22,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("families", "weights", "lora", "float8"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress"),
     3: ("plan", "trainer", "description", "memory", "evaluation"),
-    4: ("config", "run", "model", "main", "train", "generate", "files", "cli"),
+    4: ("config", "run", "model", "main", "drawing", "train", "generate", "evaluate", "canvas", "files", "cli"),
 }
-PROGRAMS = ("train", "generate", "files", "cli")
+PROGRAMS = ("train", "generate", "evaluate", "files", "cli")
 EDGE = max(FLOORS)
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -21,15 +21,20 @@ from esd.trainer import loss_terms
 from esd.trajectory import rollout
 
 
+def benchmark(name: str) -> ModuleType:
+    """A script of scripts/benchmarks, as a module."""
+    path = Path(__file__).resolve().parents[1] / f"scripts/benchmarks/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def speed() -> ModuleType:
     """scripts/benchmarks/train_speed.py."""
-    path = Path(__file__).resolve().parents[1] / "scripts/benchmarks/train_speed.py"
-    spec = importlib.util.spec_from_file_location("train_speed", path)
-    assert spec and spec.loader
-    module = sys.modules["train_speed"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("train_speed")
 
 
 @pytest.mark.parametrize("sampler", ["teacher", "student"])
@@ -121,3 +126,23 @@ def test_a_peak_is_what_is_held_beyond_the_beginning(speed: ModuleType) -> None:
         assert torch.ones(2**22).sum() == 2**22
 
     assert 60 < speed.peak(hold, "cpu") < 80
+
+
+def test_batches_are_compared_with_one_prompt_at_a_time(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = benchmark("generate_speed")
+    knobs = "--images 5 --batch 3 --steps 2 --rounds 2 --device cpu"
+    small = ["--model", str(tiny_model_dir), *knobs.split()]
+    drawing.main(small)
+    *rounds, last = capsys.readouterr().out.splitlines()
+    told = json.loads(last)
+    assert len(rounds) == 4 and told["noise_identical"] and told["largest_pixel_difference"] <= 1
+    assert told["ratio"] > 0 and len(told["ratio_by_round"]) == 2
+    with pytest.raises(SystemExit):
+        drawing.main([*small, "--least", "1000"])
+
+
+def test_prompts_of_a_benchmark_are_spread_over_what_the_model_knows() -> None:
+    prompts = benchmark("generate_speed").prompts_of("checkpoints/emoji-sd", 32)
+    assert len(set(prompts)) == 32 and len({prompt.split(" in the ")[0] for prompt in prompts}) == 32

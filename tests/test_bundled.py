@@ -86,7 +86,7 @@ def test_a_reading_does_not_depend_on_the_precision_around_it() -> None:
     plain = judge(images)
     with torch.autocast("cpu", torch.bfloat16):
         inside = judge(images)
-    assert np.array_equal(plain.thing_p, inside.thing_p)
+    assert np.array_equal(plain.p["thing"], inside.p["thing"])
 
 
 @pytest.mark.parametrize("folder", ["emoji-sd", "emoji-clip", "emoji-judge"])

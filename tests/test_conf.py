@@ -12,17 +12,19 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from esd.config import GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
+from esd.config import EvaluateConfig, GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
 from esd.main import help_text
 from esd.objectives import Objective
 
-SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig}
+SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}
+OF_EVALUATE = ("suite", "method")  # groups that only evaluate knows
+NEEDED = {"suite=emoji_canvas": ["method=esd_u"], "suite=prompts": ["prompts=[a cat]"]}
 FILES = sorted(conf_dir().rglob("*.yaml"))
 ROOT = Path(__file__).parents[1]
 GROUPED = [path for path in FILES if path.parent != conf_dir()]
 
 
-def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig:
+def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig | EvaluateConfig:
     ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         return OmegaConf.to_object(compose(config_name=name, overrides=overrides))
@@ -30,8 +32,11 @@ def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig:
 
 @pytest.mark.parametrize("path", GROUPED, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_group_file_composes_into_a_config_that_passes_its_checks(path: Path) -> None:
-    config = composed("train", [f"{path.parent.name}={path.stem}", "concepts=[cat]"])
-    assert isinstance(config, TrainConfig)
+    group, choice = path.parent.name, f"{path.parent.name}={path.stem}"
+    name = "evaluate" if group in OF_EVALUATE else "train"
+    needed = NEEDED.get(choice, ["suite=emoji_canvas"] if group == "method" else ["concepts=[cat]"])
+    config = composed(name, [choice, *needed])
+    assert isinstance(config, SCHEMAS[name])
     config.check()
 
 
@@ -43,6 +48,7 @@ def test_every_program_composes(name: str) -> None:
 def test_the_default_groups_say_what_the_schema_says() -> None:
     assert composed("train", ["concepts=[cat]"]) == TrainConfig(concepts=["cat"])
     assert composed("generate", []) == GenerateConfig()
+    assert composed("evaluate", []) == EvaluateConfig()
     assert Objective() == Objective(**dataclasses.asdict(ObjectiveConfig()))  # type: ignore[arg-type]
 
 
@@ -56,7 +62,8 @@ def test_every_file_opens_with_the_command_that_runs_it(path: Path) -> None:
 def test_help_lists_every_setting_and_every_group(name: str, schema: type) -> None:
     text = help_text(name, schema)
     assert all(f"  {field}=" in text for field, _, _ in fields_of(schema()))
-    groups = {path.parent.name for path in GROUPED} if name == "train" else {"model"}
+    groups = {path.parent.name for path in GROUPED} - set(OF_EVALUATE) if name == "train" else {"model"}
+    groups |= set(OF_EVALUATE) if name == "evaluate" else set()
     assert all(f"  {group}=" in text for group in groups)
 
 
@@ -160,7 +167,7 @@ def test_upstream_columns_are_reproduced(experiment: str) -> None:
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *FILES]
-COMMAND = re.compile(r"python3? -m esd\.(train|generate) ([^#\n`]*[^#\n`. )])")
+COMMAND = re.compile(r"python3? -m esd\.(train|generate|evaluate) ([^#\n`]*[^#\n`. )])")
 TYPED = [(page, *found) for page in PAGES for found in COMMAND.findall(page.read_text("utf-8")) if "=" in found[1]]
 
 

@@ -30,6 +30,12 @@ def config(**settings: object) -> TrainConfig:
         ({"concepts": []}, "concepts=[]"),
         ({"weights__rank": 8}, "weights.rank=8 says nothing about weights=full"),
         ({"weights__kind": "lora"}, "weights.rank is not set"),
+        ({"weights__masters": False}, "model.precision=float32"),
+        ({"weights__masters": False, "weights__kind": "lora", "weights__rank": 8}, "weights=lora"),
+        (
+            {"weights__masters": False, "model__precision": "bfloat16", "training__mixed_precision": "bf16"},
+            "training.mixed_precision=bf16: allowed with bfloat16, full, and auto or no",
+        ),
         ({"weights__kind": "lora", "weights__rank": 0}, "weights.rank=0"),
         ({"weights__kind": "lora", "weights__rank": 8, "weights__alpha": -1.0}, "weights.alpha=-1"),
         ({"concepts": [" "]}, "empty"),

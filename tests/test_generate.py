@@ -1,7 +1,10 @@
 """Images: one generator each, written once, base and erased side by side."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,10 @@ from PIL import Image
 
 from esd import checkpoint
 from esd.errors import UserError
-from esd.evaluation.generate import Manifest, generate, plan, sample
+from esd.evaluation.generate import Manifest, Share, base_of, generate, plan, sample
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
+from esd.families import family_of
 from tests import tiny
 from tests.programs import Command
 
@@ -63,6 +67,112 @@ def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path:
     assert (tmp_path / "7_0.png").stat().st_mtime_ns == kept and (tmp_path / "9_1.png").exists()
     alone = sample(pipe, ["a dog"], [6], num_steps=2, guidance_scale=1.0, batch_size=1)[0]
     assert np.abs(np.asarray(Image.open(tmp_path / "9_1.png")).astype(int) - alone).max() <= 1
+
+
+ROWS = [
+    PromptRow(0, "a cat", 3),
+    PromptRow(1, "a dog", 1, guidance=1.0),
+    PromptRow(2, "a rose", 2, height=8, width=24),
+    PromptRow(3, "a photo of a cat", 9),
+    PromptRow(4, "a dog", 4, guidance=1.0),
+]
+
+
+def pictures(folder: Path, rows: list[PromptRow] = ROWS) -> list[np.ndarray]:
+    return [np.asarray(Image.open(folder / f"{row.case_number}_0.png")).astype(int) for row in rows]
+
+
+def test_rows_of_other_guidance_and_size_are_drawn_as_they_say_and_as_they_would_be_alone(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    generate(pipe, plan(ROWS, tmp_path, base=BASE, **SETTINGS), batch_size=3)
+    assert [picture.shape for picture in pictures(tmp_path)] == [(16, 16, 3)] * 2 + [(8, 24, 3)] + [(16, 16, 3)] * 2
+    for row, picture in zip(ROWS, pictures(tmp_path), strict=True):
+        alone = sample(
+            pipe, [row.prompt], [row.evaluation_seed], num_steps=2, guidance_scale=row.guidance or 3.0, batch_size=1,
+            height=row.height, width=row.width,
+        )[0]  # fmt: skip
+        assert np.abs(picture - alone).max() <= 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_shares_draw_what_one_process_would_and_nothing_twice(tmp_path: Path, count: int) -> None:
+    pipe = tiny.pipeline()
+    generate(pipe, plan(ROWS, tmp_path / "one", base=BASE, **SETTINGS), batch_size=3)
+    drawn: list[set[str]] = []
+    for index in range(count):
+        before = {path.name for path in (tmp_path / "many").glob("*.png")}
+        generate(pipe, plan(ROWS, tmp_path / "many", base=BASE, **SETTINGS), batch_size=2, share=Share(index, count))
+        drawn.append({path.name for path in (tmp_path / "many").glob("*.png")} - before)
+    assert [len(names) for names in drawn] == [len(ROWS[index::count]) for index in range(count)]
+    assert Manifest.load(tmp_path / "many").images == Manifest.load(tmp_path / "one").images
+    for one, many in zip(pictures(tmp_path / "one"), pictures(tmp_path / "many"), strict=True):
+        assert np.abs(one - many).max() <= 1
+
+
+def test_kept_images_of_the_base_are_found_by_what_they_are(tmp_path: Path) -> None:
+    pipe, kept = tiny.pipeline(), tmp_path / "kept"
+
+    def drawn(name: str, rows: list[PromptRow], steps: int = 2, **facts: object) -> list[np.ndarray]:
+        told: dict = {"base": BASE, "num_steps": steps, "guidance_scale": 3.0} | facts
+        generate(pipe, plan(rows, tmp_path / name, **told), batch_size=2, kept=kept)
+        return pictures(tmp_path / name, rows)
+
+    drawn("first", ROWS)
+    assert len(list(kept.iterdir())) == len(ROWS)
+    for file in kept.iterdir():  # what comes from there can be told from what is drawn
+        with Image.open(file) as opened:
+            Image.new("RGB", opened.size, "red").save(file)
+    red = [255, 0, 0]
+    others = [PromptRow(80 + row.case_number, row.prompt, row.evaluation_seed, row.guidance, {"class": "x"},
+                        row.height, row.width) for row in ROWS]  # fmt: skip
+    assert all((picture == red).all() for picture in drawn("again", others))
+    unlike = [
+        drawn("steps", ROWS[:1], steps=3),
+        drawn("base", ROWS[:1], base=BASE | {"fingerprint": "cd"}),
+        drawn("versions", ROWS[:1], drawn_with={"torch": "0"}),
+        drawn("seed", [PromptRow(0, "a cat", 4)]),
+        drawn("guidance", [PromptRow(0, "a cat", 3, guidance=2.0)]),
+        drawn("size", [PromptRow(0, "a cat", 3, height=8)]),
+        drawn("weights", ROWS[:1], checkpoint=erased_weights(tmp_path / "erased.safetensors")),
+    ]
+    assert not any((picture == red).all() for pictures in unlike for picture in pictures)
+    assert len(list(kept.iterdir())) == len(ROWS) + len(unlike) - 1, "images of erased weights are not kept"
+
+
+def test_a_damaged_kept_image_is_drawn_anew(tmp_path: Path) -> None:
+    pipe, kept = tiny.pipeline(), tmp_path / "kept"
+    for name in ("first", "second"):
+        generate(pipe, plan(ROWS[:1], tmp_path / name, base=BASE, **SETTINGS), batch_size=2, kept=kept)
+        (file,) = kept.iterdir()
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    assert (tmp_path / "second/0_0.png").read_bytes() == (tmp_path / "first/0_0.png").read_bytes()
+
+
+def test_a_base_is_known_by_every_part_that_decides_an_image() -> None:
+    def facts(change: str = "") -> dict[str, str | None]:
+        pipe = tiny.every("sd1")
+        with torch.no_grad():
+            if change == "scheduler":
+                pipe.scheduler.register_to_config(beta_end=0.02)
+            elif change:
+                next(getattr(pipe, change).parameters()).add_(1.0)
+        return base_of(family_of(pipe))
+
+    same = facts()
+    assert facts() == same
+    for part in ("unet", "vae", "text_encoder"):
+        assert facts(part)["fingerprint"] != same["fingerprint"]
+    assert facts("scheduler")["scheduler"] != same["scheduler"]
+    assert str(same["scheduler"]).startswith("PNDMScheduler ")
+
+
+def test_the_manifest_says_what_drew_the_images_and_each_sitting_once(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    for torch_version, rows in (("1", ROWS[:1]), ("1", ROWS[:2]), ("2", ROWS[:2]), ("3", ROWS[:3])):
+        told = plan(rows, tmp_path, base=BASE, drawn_with={"torch": torch_version}, **SETTINGS)
+        assert generate(pipe, told, batch_size=2) == Manifest.load(tmp_path)
+    assert Manifest.load(tmp_path).drawn_with == ({"torch": "1"}, {"torch": "3"}), "the one with 2 drew nothing"
 
 
 def test_pictures_that_are_not_finite_are_a_mistake_not_black() -> None:
@@ -138,6 +248,60 @@ def test_prompts_come_from_a_file_and_the_base_may_be_drawn_alone(command: Comma
     assert ended.code == 0, ended.err
     assert {"out/base/4_0.png", "out/base/4_1.png", "out/contact_sheet.png"} <= command.files()
     assert "out/erased" not in command.files()
+
+
+def test_templates_run_over_what_the_model_knows(command: Command) -> None:
+    asked = ("generate", "prompts=['a {thing}, {style} style']", *FAST)
+    ended = command(*asked)
+    assert ended.code == 2 and "ships no vocabulary.json" in ended.err
+    shutil.copytree(command.folder / "base", command.folder / "base-mine")
+    words = {
+        "things": [{"name": "cat"}, {"name": "dog"}],
+        "styles": [{"name": "mosaic"}],
+        "phrasings": {"held_out": {"both": ["{thing} {style}"], "thing": ["{thing}"], "style": ["{style}"]}},
+    }
+    (command.folder / "base-mine/vocabulary.json").write_text(json.dumps(words))
+    ended = command(*asked, "model.path=base-mine", "run_dir=out")
+    assert ended.code == 0, ended.err
+    told = Manifest.load(command.folder / "out/base").images
+    assert [(image.prompt, image.labels) for image in told] == [
+        ("a cat, mosaic style", {"thing": "cat", "style": "mosaic"}),
+        ("a dog, mosaic style", {"thing": "dog", "style": "mosaic"}),
+    ]
+
+
+def test_what_the_text_encoder_does_not_read_is_told(command: Command) -> None:
+    long = "a cat in the style of a dog in the style of a rose"
+    ended = command("generate", f"prompts=[a cat,{long}]", "run_dir=out", *FAST)
+    assert ended.code == 0 and "does not read" in ended.err and ended.err.count("warning") == 1
+    assert list(Manifest.load(command.folder / "out/base").cut) == [long]
+
+
+@pytest.mark.parametrize("width", [17, 18])  # no latents, and none that the stock pipeline takes
+def test_a_size_that_the_model_cannot_draw_is_refused(command: Command, width: int) -> None:
+    (command.folder / "p.csv").write_text(f"case_number,prompt,width\n4,a cat,16\n5,a dog,{width}\n")
+    ended = command("generate", "prompts=p.csv", "run_dir=out", *FAST)
+    assert ended.code == 2 and f"case_number 5: width={width}: allowed: multiples of" in ended.err, ended.err
+
+
+@pytest.mark.slow(reason="starts a launcher and two Pythons of its own, which import torch")
+def test_two_processes_draw_what_one_would_into_one_folder(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    asked = ("checkpoint=weights", "prompts=[a cat, a dog, a rose]", *FAST)
+    assert command("generate", *asked, "run_dir=one").code == 0
+    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "esd.generate")
+    ended = subprocess.run(
+        [sys.executable, "-m", *launch, *asked, "run_dir=two"],
+        capture_output=True, text=True, check=False, cwd=command.folder, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "shared out among 2 processes" in ended.stdout and ended.stdout.count("results are in two") == 1
+    for name in ("base", "erased"):
+        folders = [command.folder / run / name for run in ("one", "two")]
+        one, two = ([np.asarray(Image.open(folder / f"{i}_0.png")).astype(int) for i in range(3)] for folder in folders)
+        assert all(np.abs(a - b).max() <= 1 for a, b in zip(one, two, strict=True))
+        assert Manifest.load(folders[0]).images == Manifest.load(folders[1]).images
 
 
 def test_a_plan_draws_nothing(command: Command) -> None:

@@ -97,6 +97,12 @@ def test_adam_and_masters_are_counted_by_the_selection() -> None:
         4 * values,
         8 * values,
     )
+    parts = planned(made, dataclasses.replace(BUSY, masters=False))["train"].parts
+    assert (parts["trained weights"], parts["gradients"], parts["Adam's moments"]) == (
+        2 * values,
+        2 * values,
+        4 * values,
+    )
 
 
 def test_no_weight_is_needed_to_plan() -> None:

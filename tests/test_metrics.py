@@ -37,8 +37,8 @@ CAT, INK = Target("thing", "cat"), Target("style", "ink")
 
 
 def read(things: list[str], styles: list[str], neither: list[bool]) -> Readings:
-    sure = np.ones(len(things))
-    return Readings(things, sure, styles, sure, np.array(neither))
+    p = {"thing": np.where(neither, 0.4, 0.6), "style": np.ones(len(styles))}
+    return Readings({"thing": things, "style": styles}, p, {"thing": 0.5})
 
 
 def test_wilson_agrees_with_published_values() -> None:

@@ -54,6 +54,32 @@ def test_names_of_other_benchmarks_are_understood(tmp_path: Path) -> None:
     assert load(path) == [PromptRow(12, "a cat", 4027103558, 7.5)]
 
 
+def test_sizes_of_a_row_are_read_and_the_row_numbers_of_pandas_are_no_label(tmp_path: Path) -> None:
+    text = ",Unnamed: 0,prompt,sd_image_width,sd_image_height,artist\n0,0,a cat,512,256,Monet\n1,1,a dog,,,\n"
+    assert load(written(tmp_path, "p.csv", text)) == [
+        PromptRow(0, "a cat", 0, None, {"artist": "Monet"}, height=256, width=512),
+        PromptRow(1, "a dog", 0),
+    ]
+
+
+def test_a_template_is_a_row_for_each_way_to_fill_it(tmp_path: Path) -> None:
+    names = {"thing": ["cat", "owl"], "style": ["neon"]}
+    rows = load(["a rose", "a {thing}, {style}"], seed=3, names=names)
+    assert rows == [
+        PromptRow(0, "a rose", 3),
+        PromptRow(1, "a cat, neon", 3, labels={"thing": "cat", "style": "neon"}),
+        PromptRow(2, "an owl, neon", 3, labels={"thing": "owl", "style": "neon"}),
+    ]
+    path = written(tmp_path, "p.csv", "case_number,prompt,seed,set\n7,a {thing},1,x\n9,{{weird}} art,2,x\n")
+    assert load(path, names=names) == [
+        PromptRow(7, "a cat", 1, labels={"set": "x", "thing": "cat"}),
+        PromptRow(8, "an owl", 1, labels={"set": "x", "thing": "owl"}),
+        PromptRow(9, "{{weird}} art", 2, labels={"set": "x"}),
+    ]
+    with pytest.raises(UserError, match=r"line 2: .* ships no vocabulary"):
+        load(path)
+
+
 def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:
     path = written(tmp_path, "p.jsonl", '{"prompt": "a cat", "seed": 5, "style": "neon"}\n\n{"prompt": "a dog"}\n')
     assert load(path, seed=9) == [PromptRow(0, "a cat", 5, None, {"style": "neon"}), PromptRow(1, "a dog", 9)]
@@ -69,6 +95,8 @@ def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:
         ("p.csv", "prompt,seed\na cat,x\n", "seed='x' is no number"),
         ("p.csv", "prompt,seed\na cat,-1\n", "whole number from 0"),
         ("p.csv", "prompt,guidance\na cat,nan\n", "guidance=nan"),
+        ("p.csv", "prompt,width\na cat,0\n", "width=0; allowed: at least 1 pixel"),
+        ("p.csv", "prompt,width\na cat,wide\n", "width='wide' is no number"),
         ("p.csv", "case_number,prompt\n1,a cat\n1,a dog\n", "case_number 1 stands twice"),
         ("p.csv", "prompt\na cat\na cat\n", "stands twice"),
         ("p.csv", "prompt,seed\na cat, asleep,1\n", "line 2 has more fields than the columns, ['1']"),

@@ -19,7 +19,6 @@ from PIL import Image
 
 from esd import trainer
 from esd.checkpoint import load
-from esd.errors import UserError
 from esd.evaluation import judges
 from esd.evaluation.judges import Readings
 from esd.storage import load_state
@@ -251,7 +250,7 @@ def test_rates_are_read_by_the_judge_of_the_model(command: Command, monkeypatch:
         calls.append(images.shape)
         n = len(images)
         thing = "cat" if len(calls) == 1 else "dog"
-        return Readings([thing] * n, np.ones(n), ["mosaic"] * n, np.ones(n), np.zeros(n, bool))
+        return Readings({"thing": [thing] * n, "style": ["mosaic"] * n}, dict.fromkeys(("thing", "style"), np.ones(n)))
 
     identity = {"name": "one", "version": "1", "threshold": 0.5, "hash": "ab"}
     vars(judge).update(identity, size=16)
@@ -298,19 +297,20 @@ def test_two_words_for_one_entry_of_the_vocabulary_are_one_concept(command: Comm
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
-    [(KeyError("threshold"), "judge cannot be read (KeyError"), (UserError("restore it"), "error: restore it\n")],
-    ids=["unforeseen", "foreseen"],
+    ("content", "told"),
+    [("{}", "its judge cannot be read (KeyError('version'))"), (None, "config.json is missing; name a folder")],
+    ids=["damaged", "missing"],
 )
-def test_a_damaged_judge_costs_no_training(
-    command: Command, monkeypatch: pytest.MonkeyPatch, fault: Exception, told: str
-) -> None:
-    def damaged(path: str) -> None:
-        raise fault
-
-    monkeypatch.setattr(judges, "load_judge", damaged)
-    ended = train(command)
-    assert ended.code == 2 and told in ended.err and command.files() == set()
+def test_a_judge_that_cannot_be_read_costs_no_training(command: Command, content: str | None, told: str) -> None:
+    shutil.copytree(command.folder / "base", command.folder / "base-known")
+    (command.folder / "base-known/vocabulary.json").write_text(json.dumps(VOCABULARY | {"judge": "judge"}))
+    if content is not None:
+        (command.folder / "base-known/judge").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (command.folder / "base-known/judge" / name).write_text(content)
+    before = command.files()
+    ended = train(command, "model.path=base-known")
+    assert ended.code == 2 and told in ended.err and command.files() == before, ended.err
 
 
 def started(command: Command, *arguments: str) -> subprocess.Popen[str]:

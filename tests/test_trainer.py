@@ -74,6 +74,23 @@ def test_the_precision_of_autocast_is_recorded_and_resuming_in_another_is_refuse
     assert checkpoint.load(tmp_path).provenance["mixed_precision"] == "bf16"
 
 
+def test_training_without_masters_stays_in_bf16_and_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, publish = plan(masters=False, save_every=2), checkpoint.save
+    whole = run(tmp_path / "whole", narrow, on=family(torch.bfloat16))
+    assert not same(whole, run(tmp_path / "masters", plan(), "bf16", on=family(torch.bfloat16)))
+    base = dict(family(torch.bfloat16).denoiser.named_parameters())
+    for name, difference in whole.items():
+        student = base[name].float() + difference
+        assert torch.equal(student.bfloat16().float(), student)  # a bf16 value, and not a float32 one
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(tmp_path / "parts", narrow, on=family(torch.bfloat16))
+    monkeypatch.setattr(checkpoint, "save", publish)
+    assert same(whole, run(tmp_path / "parts", narrow, on=family(torch.bfloat16)))
+
+
 def test_every_update_leaves_a_line_of_metrics(tmp_path: Path) -> None:
     run(tmp_path, PLAN)
     lines = metrics(tmp_path)

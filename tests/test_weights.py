@@ -148,6 +148,26 @@ def test_a_bf16_base_gets_float32_masters_and_an_untouched_teacher(expression: s
     assert all(p.dtype == torch.bfloat16 for p in pipe.unet.parameters())
 
 
+def test_without_masters_a_bf16_base_learns_in_bf16_and_loses_small_steps() -> None:
+    moved = {}
+    for masters in (True, False):
+        family = family_of(tiny.pipeline().to(torch.bfloat16))
+        views = WeightViews(family.denoiser, family.select("esd_x").names, masters)
+        assert all(p.dtype == (torch.float32 if masters else torch.bfloat16) for p in views.parameters())
+        adam = torch.optim.Adam(views.parameters(), lr=1e-5)
+        for parameter in views.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        adam.step()
+        differences = torch.cat([difference.flatten() for difference in views.differences().values()])
+        moved[masters] = float((differences != 0).float().mean())
+        assert views.pull(0.0) == pytest.approx(float(differences.norm()), rel=1e-5)
+        assert views.pull(0.5) < views.pull(0.0) + 1e-9
+        views.restore()
+        base = family_of(tiny.pipeline().to(torch.bfloat16)).denoiser.state_dict()
+        assert all(torch.equal(value, base[name]) for name, value in family.denoiser.state_dict().items())
+    assert moved[True] == 1 and 0 < moved[False] < 0.5
+
+
 def test_names_the_module_lacks_are_refused_before_anything_changes() -> None:
     module = nn.Linear(2, 3)
     for names in (["weight", "wieght"], []):

@@ -1,28 +1,36 @@
 """Images from a stock pipeline, one CPU generator per image, so that no image depends on its neighbours.
 
-An image is decided by prompt, seed, guidance and weights, not by batch size, order or what was drawn before
-(up to rounding, which a batch may change in the last bit). Files are written atomically and existing ones
+An image is decided by prompt, seed, guidance, size and weights, not by batch size, order, process or what was drawn
+before (up to rounding, which a batch may change in the last bit). Files are written atomically and existing ones
 are kept, so the same call after an interruption draws only what is missing.
+
+Several processes share one folder: each draws every n-th image, and the first of them writes the manifest. Images of
+the base, which every erased model is measured against, may be kept in a folder of their own: a file there is named by
+the hash of all that decides the picture, so it is found again by what it is, and never for another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from esd.checkpoint import fingerprint
 from esd.errors import UserError
 from esd.evaluation.prompts import PromptRow
 from esd.families import Family
 from esd.storage import atomic, write_json
+
+STOCK_MULTIPLE = 8  # of pixels: stock pipelines take no other sizes, whatever their autoencoder
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Drawn:
     seed: int
     guidance: float
     labels: dict[str, str]
+    height: int | None = None  # pixels; None is the model's own
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Manifest:
         sha256: of the file of these weights, or None for the base.
         num_steps: sampling steps.
         images: in the order of the prompts.
+        cut: prompts that are too long for the text encoder, each with the end that it does not read.
+        drawn_with: versions and device, of each sitting that drew here; one for all that had the same.
     """
 
     folder: Path
@@ -57,6 +69,8 @@ class Manifest:
     sha256: str | None
     num_steps: int
     images: tuple[Drawn, ...]
+    cut: Mapping[str, str] = field(default_factory=dict)
+    drawn_with: tuple[Mapping[str, str], ...] = ()
 
     def save(self) -> None:
         """Writes folder/manifest.json."""
@@ -65,6 +79,8 @@ class Manifest:
             "checkpoint": self.checkpoint,
             "sha256": self.sha256,
             "num_steps": self.num_steps,
+            "drawn_with": self.drawn_with,
+            "cut": self.cut,
             "images": [asdict(i) for i in self.images],
         }
         write_json(self.folder / "manifest.json", told)
@@ -85,6 +101,8 @@ class Manifest:
                 told.get("sha256"),
                 told["num_steps"],
                 tuple(Drawn(**image) for image in told["images"]),
+                told.get("cut", {}),
+                tuple(told.get("drawn_with", ())),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -92,14 +110,50 @@ class Manifest:
             ) from error
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which images a process draws: those whose number leaves `index` when divided by `count`.
+
+    Attributes:
+        index: of the process; 0 also writes the manifest.
+        count: of the processes.
+        wait: returns once every process has called it.
+    """
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
 def base_of(family: Family) -> dict[str, str | None]:
-    """What identifies a base: its name, its commit on the hub, and a hash of values of each tensor of its denoiser."""
-    values = json.dumps(fingerprint(dict(family.denoiser.named_parameters())), sort_keys=True)
+    """What identifies a base and its images: name, commit on the hub, and hashes of its weights and its scheduler.
+
+    The weights' hash is of a few values of each tensor, in their precision: of the denoiser, the text encoders and
+    the autoencoder.
+    """
+    pipe = family.pipe
+    parts = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
+    values = {name: fingerprint(dict(part.named_parameters())) for name, part in parts.items()}
+    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return {
         "name": family.base_name,
         "revision": family.base_revision,
-        "fingerprint": hashlib.sha256(values.encode()).hexdigest(),
+        "fingerprint": _digest(values),
+        "scheduler": f"{type(pipe.scheduler).__name__} {_digest(settings)[:12]}",
     }
+
+
+def check_sizes(family: Family, rows: Sequence[PromptRow]) -> None:
+    """Raises UserError for the first row whose height or width the model's pipeline cannot draw."""
+    for row in rows:
+        for name, edge in (("height", row.height), ("width", row.width)):
+            try:
+                family.latent_shape(edge)
+                if (edge or 0) % STOCK_MULTIPLE:
+                    raise UserError(f": allowed: multiples of {STOCK_MULTIPLE} pixels")
+            except UserError as error:
+                allowed = str(error).partition(": ")[2]
+                raise UserError(f"case_number {row.case_number}: {name}={edge}: {allowed}") from error
 
 
 def plan(
@@ -111,6 +165,8 @@ def plan(
     guidance_scale: float,
     images_per_prompt: int = 1,
     checkpoint: Path | None = None,
+    cut: Mapping[str, str] | None = None,
+    drawn_with: Mapping[str, str] | None = None,
 ) -> Manifest:
     """The manifest of what is to be drawn into `out_dir/{case}_{sample}.png`; writes nothing.
 
@@ -122,9 +178,11 @@ def plan(
         guidance_scale: of rows that set none.
         images_per_prompt: samples of each row.
         checkpoint: the file of erased weights, or None for the base.
+        cut: see `Manifest`; what `Family.cut` says of the prompts.
+        drawn_with: the versions and the device of this sitting.
 
     Raises:
-        UserError: the folder holds images of another base, other weights, steps, prompts, seeds or guidance.
+        UserError: the folder holds images of another base, other weights, steps, prompts, seeds, guidance or size.
     """
     images = tuple(
         Drawn(
@@ -135,45 +193,104 @@ def plan(
             row.evaluation_seed + sample,
             guidance_scale if row.guidance is None else row.guidance,
             dict(row.labels),
+            row.height,
+            row.width,
         )
         for row in rows
         for sample in range(images_per_prompt)
     )
     digest = None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    planned = Manifest(out_dir, base, None if checkpoint is None else str(checkpoint), digest, num_steps, images)
+    name = None if checkpoint is None else str(checkpoint)
+    sitting = (dict(drawn_with),) if drawn_with else ()
+    planned = Manifest(out_dir, base, name, digest, num_steps, images, cut or {}, sitting)
     if (out_dir / "manifest.json").exists():
         _refuse_others(Manifest.load(out_dir), planned)
     return planned
 
 
-def generate(pipe: Any, planned: Manifest, *, batch_size: int) -> Manifest:
+def generate(
+    pipe: Any, planned: Manifest, *, batch_size: int, share: Share | None = None, kept: Path | None = None
+) -> Manifest:
     """Draws what is planned, and writes the manifest first, so that it vouches for every image in the folder.
 
     Args:
         pipe: a stock text-to-image pipeline, with erased weights already applied if there are any.
         planned: from `plan`; its folder is made if need be, and images that its manifest lists are kept.
         batch_size: images per call.
+        share: of this process; None for the only one.
+        kept: a folder in which images of the base are looked for, and left for the next time; None keeps none. Images
+            of erased weights are never looked for there.
+
+    Returns:
+        The manifest as written, once all processes are through.
     """
-    out_dir, num_steps = planned.folder, planned.num_steps
-    listed = {image.file for image in Manifest.load(out_dir).images} if (out_dir / "manifest.json").exists() else set()
-    for image in planned.images:
-        if image.file not in listed:  # left by who knows what
-            (out_dir / image.file).unlink(missing_ok=True)
-    planned.save()
-    missing = [image for image in planned.images if not (out_dir / image.file).exists()]
-    for batch in _batches(missing, batch_size):
+    out_dir, share = planned.folder, share or Share()
+    known = Manifest.load(out_dir) if (out_dir / "manifest.json").exists() else None
+    share.wait()  # all have looked before the first one writes
+    missing = [image for image in planned.images if not known or not (out_dir / image.file).exists()]
+    earlier = known.drawn_with if known else ()
+    sittings = (*earlier, *(sitting for sitting in planned.drawn_with if missing and sitting not in earlier))
+    written = replace(planned, drawn_with=sittings)
+    if share.index == 0:
+        listed = {image.file for image in known.images} if known else set()
+        for image in planned.images:
+            if image.file not in listed:  # left by who knows what
+                (out_dir / image.file).unlink(missing_ok=True)
+        written.save()
+    share.wait()
+    mine = [image for image in planned.images[share.index :: share.count] if not (out_dir / image.file).exists()]
+    kept = kept if planned.checkpoint is None else None
+    for batch in _batches([image for image in mine if not _found(planned, image, kept)], batch_size):
         arrays = sample(
             pipe,
             [i.prompt for i in batch],
             [i.seed for i in batch],
-            num_steps=num_steps,
+            num_steps=planned.num_steps,
             guidance_scale=batch[0].guidance,
             batch_size=batch_size,
+            height=batch[0].height,
+            width=batch[0].width,
         )
         for image, array in zip(batch, arrays, strict=True):
             with atomic(out_dir / image.file) as staged:
                 Image.fromarray(array).save(staged, format="PNG")
-    return planned
+            if kept:
+                _copy(out_dir / image.file, kept / _kept_name(planned, image))
+    share.wait()
+    return written
+
+
+def _kept_name(planned: Manifest, image: Drawn) -> str:
+    """The name under which an image of the base is kept: a hash of all that decides it."""
+    facts = {**asdict(image), "base": planned.base, "num_steps": planned.num_steps, "drawn_with": planned.drawn_with}
+    for name in ("file", "case_number", "sample", "labels"):  # what the image is called, not what it shows
+        del facts[name]
+    return f"{_digest(facts)}.png"
+
+
+def _found(planned: Manifest, image: Drawn, kept: Path | None) -> bool:
+    """Whether an image was kept and is now in the folder of the manifest; a damaged one counts as not kept."""
+    if kept is None:
+        return False
+    source = kept / _kept_name(planned, image)
+    try:
+        with Image.open(source) as opened:
+            opened.load()
+    except (OSError, SyntaxError):  # Pillow's, of a broken PNG
+        return False
+    _copy(source, planned.folder / image.file)
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file, whole or not at all; a link would let a change to one change the other."""
+    with atomic(target) as staged:
+        shutil.copyfile(source, staged)
+
+
+def _digest(value: Any) -> str:
+    """sha256 of a value as JSON; what JSON cannot hold, as scheduler settings may, by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _refuse_others(here: Manifest, now: Manifest) -> None:
@@ -188,7 +305,7 @@ def _refuse_others(here: Manifest, now: Manifest) -> None:
         if old := known.get(image.file):
             facts += [
                 (f"{image.file}: {name}", getattr(old, name), getattr(image, name))
-                for name in ("prompt", "seed", "guidance")
+                for name in ("prompt", "seed", "guidance", "height", "width")
             ]
     for name, there, wanted in facts:
         if there != wanted:
@@ -205,6 +322,8 @@ def sample(
     num_steps: int,
     guidance_scale: float,
     batch_size: int,
+    height: int | None = None,
+    width: int | None = None,
 ) -> np.ndarray:
     """uint8 images (n, H, W, 3) of n prompts, image i drawn from a CPU generator seeded with seeds[i].
 
@@ -215,6 +334,7 @@ def sample(
         num_steps: sampling steps.
         guidance_scale: classifier-free guidance; 1 or less means none.
         batch_size: images per call.
+        height, width: in pixels; None is the pipeline's own.
 
     Raises:
         UserError: the pipeline draws values that are not finite.
@@ -231,6 +351,8 @@ def sample(
                 prompt=list(prompts[now]),
                 num_inference_steps=num_steps,
                 guidance_scale=guidance_scale,
+                height=height,
+                width=width,
                 generator=generators,
                 output_type="np",
             ).images
@@ -245,12 +367,10 @@ def sample(
 
 
 def _batches(images: Sequence[Drawn], size: int) -> Iterator[list[Drawn]]:
-    """Consecutive images of one guidance scale, at most `size` at a time: a call takes one scale."""
-    batch: list[Drawn] = []
+    """Images that one call can draw, of one guidance scale and one size, at most `size` at a time."""
+    alike: dict[tuple[Any, ...], list[Drawn]] = {}
     for image in images:
-        if batch and (len(batch) == size or image.guidance != batch[0].guidance):
-            yield batch
-            batch = []
-        batch.append(image)
-    if batch:
-        yield batch
+        alike.setdefault((image.guidance, image.height, image.width), []).append(image)
+    for group in alike.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

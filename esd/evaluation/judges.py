@@ -1,18 +1,21 @@
-"""Judges: what reads a generated picture and says which thing and which style it shows.
+"""Judges: what reads a picture and says what it shows, and the bundled judge of things and styles.
 
-A judge is small: a name, a version, the threshold it speaks at, a hash of its weights, and a call from pictures to a
-table. The bundled one is a convolutional network trained on drawings alone (`scripts/emoji/train_judge.py`); it has
-never seen a generated picture, and says "neither" when it is not sure, so a smear is not counted as a cat.
+A judge is small: a name, a version, a hash of its weights, the threshold it speaks at, and a call from pictures to a
+table: for each question it knows, its best answer and how probable that is. What a picture says is thus kept apart
+from what is believed, and the table can be read again under another threshold. The bundled judge is a convolutional
+network trained on drawings alone (`scripts/emoji/train_judge.py`); it has never seen a generated picture, and says
+"neither" when it is not sure, so a smear is not counted as a cat. `esd.evaluation.judges_by_name` has the others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,27 +25,33 @@ from torch.nn import functional as F
 
 from esd.errors import UserError
 
+EMOJI, PHOTOS = "emoji-sd's pictures", "photographs and paintings"  # what judges are known to read
+
 
 @dataclass(frozen=True)
 class Readings:
     """A judge's table, a row per picture.
 
     Attributes:
-        thing: the most probable thing's name, whether or not it is believed.
-        thing_p: its probability, (n,) in [0, 1].
-        style: the most probable style's name.
-        style_p: its probability, (n,) in [0, 1].
-        neither: (n,) bool, True where `thing_p` is below the judge's threshold: no thing of its list is shown.
+        names: question, such as "thing", to the best answer for each of n pictures, whether or not it is believed; ""
+            for none.
+        p: question to the answers' probabilities, (n,) in [0, 1].
+        least: question to the probability below which an answer is not believed; others are believed always.
+        parts: of a detector, everything it found in each picture, with its probability; () of other judges.
     """
 
-    thing: list[str]
-    thing_p: np.ndarray
-    style: list[str]
-    style_p: np.ndarray
-    neither: np.ndarray
+    names: Mapping[str, list[str]]
+    p: Mapping[str, np.ndarray]
+    least: Mapping[str, float] = field(default_factory=dict)
+    parts: Sequence[Sequence[tuple[str, float]]] = ()
 
     def __len__(self) -> int:
-        return len(self.thing)
+        return len(next(iter(self.names.values()), []))
+
+    @property
+    def neither(self) -> np.ndarray:
+        """(n,) bool, True where the thing is not believed: no thing of the judge's list is shown."""
+        return self.p["thing"] < self.least.get("thing", 0.0)
 
     def shows(self, things: Sequence[str]) -> np.ndarray:
         """Return (n,) bool: whether picture i shows `things[i]` and is not "neither"."""
@@ -52,9 +61,9 @@ class Readings:
         """Return (n,) bool: whether picture i is in style `styles[i]`."""
         return np.array([self.says(i, "style", style) for i, style in self._numbered(styles)], bool)
 
-    def says(self, i: int, domain: str, name: str) -> bool:
-        """Return whether picture i is read as this "thing" or "style"; a thing of a "neither" does not count."""
-        return bool(getattr(self, domain)[i] == name and not (domain == "thing" and self.neither[i]))
+    def says(self, i: int, question: str, name: str) -> bool:
+        """Return whether this is the believed answer to a question about picture i."""
+        return self.names[question][i] == name and bool(self.p[question][i] >= self.least.get(question, 0.0))
 
     def _numbered(self, names: Sequence[str]) -> Iterator[tuple[int, str]]:
         """One name for each picture, with the picture's number."""
@@ -62,18 +71,48 @@ class Readings:
 
 
 class Judge(Protocol):
-    """Reads pictures. Any callable with these attributes is one."""
+    """Reads pictures. Any callable with these attributes is one.
+
+    Attributes:
+        name, version, hash: of the judge and of its weights.
+        questions: that it answers.
+        unsure: those of them whose answer counts only from the threshold upwards.
+        threshold: a probability in [0, 1].
+        validated: the pictures that it is known to read.
+        size: edge of the square pictures that it takes, in pixels; None for any.
+    """
 
     name: str
     version: str
-    threshold: float
     hash: str
-    size: int
-    things: tuple[str, ...]
-    styles: tuple[str, ...]
+    questions: tuple[str, ...]
+    unsure: tuple[str, ...]
+    threshold: float
+    validated: str
+    size: int | None
 
     def __call__(self, images: np.ndarray) -> Readings:
-        """Return the readings of uint8 RGB pictures (n, size, size, 3)."""
+        """Return the readings of uint8 RGB pictures (n, H, W, 3)."""
+
+
+@runtime_checkable
+class PromptJudge(Protocol):
+    """A judge that also says how well pictures agree with the prompts they were drawn from."""
+
+    def agreement(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Return (n,) cosines in [-1, 1] of n uint8 RGB pictures (n, H, W, 3) and n prompts."""
+
+
+class PairJudge(ABC):
+    """Says how alike or how far apart two pictures are."""
+
+    name: str
+    version: str
+    hash: str
+
+    @abstractmethod
+    def __call__(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Return (n,) values for uint8 RGB pictures (n, H, W, 3)."""
 
 
 class JudgeNetwork(nn.Module):
@@ -92,14 +131,18 @@ class JudgeNetwork(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return thing logits and style logits."""
+        seen = self.features(images)
+        return self.thing_head(seen[:, -self.thing_head.in_features :]), self.style_head(seen)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the style head reads (b, 320): texture, then the deep features that the thing head reads."""
         x = self.stem(images * 2 - 1)
         texture = x
         for depth, block in enumerate(self.blocks):
             x = block(x)
             if depth == 1:  # style lives in fine texture: its mean and spread early on, as in Gram-matrix style losses
                 texture = torch.cat([x.mean((2, 3)), x.float().std((2, 3))], 1)
-        deep = x.mean((2, 3))
-        return self.thing_head(deep), self.style_head(torch.cat([texture, deep], 1))
+        return torch.cat([texture, x.mean((2, 3))], 1)
 
 
 class _Block(nn.Module):
@@ -125,7 +168,10 @@ class EmojiJudge:
         UserError: the folder holds no judge, or its weights are not those its configuration was written for.
     """
 
-    size = 64
+    questions: tuple[str, ...] = ("thing", "style")
+    unsure: tuple[str, ...] = ("thing",)
+    validated = EMOJI
+    size: int | None = 64
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -160,25 +206,32 @@ class EmojiJudge:
         Raises:
             UserError: pictures of another size or type.
         """
+        read = [self.network(pixels) for pixels in self._pixels(images, batch)]
+        names, p = {}, {}
+        for number, (question, known) in enumerate({"thing": self.things, "style": self.styles}.items()):
+            likely = torch.cat([torch.zeros(0, len(known)), *(logits[number].softmax(1) for logits in read)])
+            best = likely.max(1)
+            names[question] = [known[i] for i in best.indices.tolist()]
+            p[question] = best.values.numpy()
+        return Readings(names, p, {"thing": self.threshold})
+
+    @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
+    def features(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
+        """Return float64 (n, 320): the network's last features of uint8 RGB pictures (n, 64, 64, 3), for FID and KID.
+
+        Raises:
+            UserError: pictures of another size or type.
+        """
+        parts = [self.network.features(pixels) for pixels in self._pixels(images, batch)]
+        return torch.cat([torch.zeros(0, self.network.style_head.in_features), *parts]).double().numpy()
+
+    def _pixels(self, images: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
+        """Batches of pixels (b, 3, 64, 64) in [0, 1]; raises UserError for pictures of another size or type."""
         if images.ndim != 4 or images.shape[1:] != (64, 64, 3) or images.dtype != np.uint8:
             raise UserError(f"emoji-judge reads uint8 pictures (n, 64, 64, 3), not {images.dtype} {images.shape}")
-        thing_p, style_p = [], []
         for start in range(0, len(images), batch):
-            pixels = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).float() / 255
-            things, styles = self.network(pixels)
-            thing_p.append(things.softmax(1))
-            style_p.append(styles.softmax(1))
-        if not thing_p:
-            return Readings([], np.zeros(0), [], np.zeros(0), np.zeros(0, bool))
-        best_thing, best_style = torch.cat(thing_p).max(1), torch.cat(style_p).max(1)
-        sure = best_thing.values.numpy()
-        return Readings(
-            [self.things[i] for i in best_thing.indices.tolist()],
-            sure,
-            [self.styles[i] for i in best_style.indices.tolist()],
-            best_style.values.numpy(),
-            sure < self.threshold,
-        )
+            yield torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).float() / 255
 
     def halves(self, images: np.ndarray) -> tuple[Readings, Readings]:
         """Return the readings of the left and of the right half of two-thing scenes (n, 64, 64, 3)."""
@@ -194,9 +247,18 @@ def half(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def load_judge(model: str | Path) -> EmojiJudge | None:
-    """Return the judge that a model's `vocabulary.json` names beside it, or None if it names none."""
+    """Return the judge that a model's `vocabulary.json` names beside it, or None if it names none.
+
+    Raises:
+        UserError: it names one that is damaged, or none at all.
+    """
     vocabulary = Path(model) / "vocabulary.json"
     if not vocabulary.is_file():
         return None
-    folder = json.loads(vocabulary.read_text()).get("judge")
-    return EmojiJudge(Path(model) / folder) if folder else None
+    try:
+        folder = json.loads(vocabulary.read_text()).get("judge")
+        return EmojiJudge(Path(model) / folder) if folder else None
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{model}: its judge cannot be read ({error!r}); restore that folder") from error

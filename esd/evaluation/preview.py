@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from esd.storage import atomic
 
@@ -48,7 +48,7 @@ def draw(
 
     Args:
         path: of the picture.
-        rows: at least one, all of the same shape.
+        rows: at least one, with as many images; those of another size are fitted into the first row's.
         columns: a label for each column.
         title: one line above everything.
         versions: a label for each image of a cell.
@@ -87,7 +87,8 @@ def draw(
         for column, pair in enumerate(row.images):
             for number, image in enumerate(pair):
                 where = (left + column * (cell + GAP) + number * (width + PAIR_GAP), y)
-                page.paste(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), where)
+                fitted = ImageOps.pad(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS, color=PAPER)
+                page.paste(fitted, where)
     with atomic(path) as staged:
         page.save(staged, format="PNG", optimize=True)
 

@@ -1,8 +1,8 @@
 """Prompts to draw, each with its own seed, read from CSV, JSONL or a list; and templates, filled in.
 
 The columns are the field's own (`case_number, prompt, evaluation_seed, evaluation_guidance`) with the names
-other benchmarks give them (I2P's `sd_seed` and `sd_guidance_scale`, COCO's `image_id`). Every other column
-is a label.
+other benchmarks give them (I2P's `sd_seed`, `sd_guidance_scale` and `sd_image_width`, COCO's `image_id`). Every other
+column is a label, but the nameless ones of row numbers that pandas leaves.
 
 Source: rohitgandikota/erasing, data/*.csv; ml-research/i2p.
 """
@@ -13,8 +13,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ ALIASES = {
     "case_number": ("case_number", "image_id", "id"),
     "evaluation_seed": ("evaluation_seed", "seed", "sd_seed"),
     "guidance": ("evaluation_guidance", "guidance", "guidance_scale", "sd_guidance_scale"),
+    "height": ("height", "sd_image_height"),
+    "width": ("width", "sd_image_width"),
 }
+
+SLOTS = re.compile(r"\{(?:thing|style)\}")
+PANDAS_INDEX = re.compile(r"(Unnamed: \d+)?")  # how a CSV calls a column of row numbers that was saved with it
 
 VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|honou?r|heir", re.IGNORECASE)
 CONSONANT_SOUND = re.compile(  # "you..." and "won...": unicorn, user, utensil, ukulele, uranium, UFO, euro, one-eyed
@@ -42,6 +47,7 @@ class PromptRow:
         evaluation_seed: of the first image's noise; sample s uses evaluation_seed + s.
         guidance: classifier-free guidance scale of this row, or None for the program's.
         labels: what the prompt names, for example {"thing": "cat", "style": "mosaic"}.
+        height, width: of its pictures in pixels, or None for the model's own.
     """
 
     case_number: int
@@ -49,26 +55,58 @@ class PromptRow:
     evaluation_seed: int
     guidance: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    height: int | None = None
+    width: int | None = None
 
 
-def load(source: str | Path | Sequence[Any], *, seed: int = 0) -> list[PromptRow]:
-    """The rows of a .csv or .jsonl file, or of a list of prompts.
+def load(
+    source: str | Path | Sequence[Any],
+    *,
+    seed: int = 0,
+    names: Mapping[str, Sequence[str]] | None = None,
+    without: Collection[int] = (),
+    once: bool = False,
+) -> list[PromptRow]:
+    """The rows of a .csv or .jsonl file, or of a list of prompts; a template stands for a row for each way to fill it.
 
     Args:
         source: path of a file, or prompts.
         seed: of rows that give none.
+        names: what {thing} and {style} run over, for example {"thing": ["cat"], "style": ["mosaic"]}; None for a
+            model that names none.
+        without: case numbers to pass over, whatever stands in their rows.
+        once: take the first of rows that would draw the same image, instead of refusing them.
 
     Raises:
         UserError: no such file, an unknown kind of file, quotes or commas astray in a CSV, a prompt that is no text, a
-            row without one, two rows alike, or no rows.
+            row without one, a template and nothing to fill it with, two rows alike, or no rows.
     """
     if isinstance(source, str | Path):
         records = _records(Path(source))
     else:
         records = [({"prompt": prompt}, f"prompt {number}") for number, prompt in enumerate(source, 1)]
-    rows = [_row(record, where, number, seed) for number, (record, where) in enumerate(records)]
+    rows: list[PromptRow] = []
+    for record, where in records:
+        if without and str(record.get("case_number")) in map(str, without):
+            continue
+        row = _row(record, where, len(rows), seed)
+        if not SLOTS.search(row.prompt):
+            rows.append(row)
+            continue
+        if names is None:
+            raise UserError(
+                f"{where}: {row.prompt!r} holds {{thing}} or {{style}}, and this model ships no vocabulary.json to "
+                "fill them from; write the prompts out"
+            )
+        filled = fill(row.prompt, names["thing"], names["style"])
+        rows += [
+            replace(row, case_number=row.case_number + number, prompt=prompt, labels={**row.labels, **labels})
+            for number, (prompt, labels) in enumerate(filled)
+        ]
     if not rows:
         raise UserError(f"prompts={source} holds no prompts; allowed: at least one row with a 'prompt'")
+    if once:
+        rows = list({_image(row): row for row in reversed(rows)}.values())[::-1]
     _refuse_twins(rows)
     return rows
 
@@ -186,13 +224,24 @@ def _row(record: dict[str, Any], where: str, number: int, seed: int) -> PromptRo
     guidance = _number(found["guidance"], "guidance", where)
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
         raise UserError(f"{where}: guidance={guidance}; allowed: a finite number, at least 0")
-    labels = {name: str(value) for name, value in rest.items() if value not in (None, "") and name.strip()}
+    labels = {
+        name: str(value).strip()
+        for name, value in rest.items()
+        if value not in (None, "") and not PANDAS_INDEX.fullmatch(name.strip())
+    }
+    height, width = (
+        None if found[edge] is None else _whole(found[edge], edge, where, 0) for edge in ("height", "width")
+    )
+    if height == 0 or width == 0:
+        raise UserError(f"{where}: height={height}, width={width}; allowed: at least 1 pixel, or neither")
     return PromptRow(
         _whole(found["case_number"], "case_number", where, number),
         prompt,
         _whole(found["evaluation_seed"], "evaluation_seed", where, seed),
         guidance,
         labels,
+        height,
+        width,
     )
 
 
@@ -215,12 +264,17 @@ def _whole(value: Any, name: str, where: str, default: int) -> int:
     return whole
 
 
+def _image(row: PromptRow) -> tuple[Any, ...]:
+    """What decides the image of a row."""
+    return row.prompt, row.evaluation_seed, row.guidance, row.height, row.width
+
+
 def _refuse_twins(rows: Sequence[PromptRow]) -> None:
     """Raises UserError for two rows that would write the same file or draw the same image."""
     numbers: set[int] = set()
-    images: set[tuple[str, int, float | None]] = set()
+    images: set[tuple[Any, ...]] = set()
     for row in rows:
-        image = (row.prompt, row.evaluation_seed, row.guidance)
+        image = _image(row)
         if row.case_number in numbers:
             raise UserError(f"case_number {row.case_number} stands twice in the prompts; allowed: each number once")
         if image in images:

@@ -47,13 +47,14 @@ from esd.config import ModelConfig, ObjectiveConfig, TrainConfig, TrainingConfig
 from esd.errors import UserError
 from esd.evaluation.erasure import exam, known_targets
 from esd.evaluation.generate import sample
+from esd.evaluation.judges import load_judge
 from esd.evaluation.metrics import erasure_rates
 from esd.evaluation.prompts import say
 from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
 from esd.model import check, find_device, load
 from esd.plan import TrainPlan
-from esd.train import judge_of, make_plan
+from esd.train import make_plan
 
 MIB = 2**20
 PARTS = ("speed", "memory", "rates", "erase")
@@ -270,7 +271,7 @@ def memory(work: Work, variant: Variant, updates: int = 3) -> float:
 
 def rates(work: Work, variant: Variant, updates: int, images: int) -> tuple[float, float]:
     """(target, retained) rates after so many updates, of a thing or style that the model's judge knows."""
-    vocabulary, judge = Vocabulary.load(work.model), judge_of(work.model)
+    vocabulary, judge = Vocabulary.load(work.model), load_judge(work.model)
     assert vocabulary and judge
     family = load(ModelConfig(work.model), work.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -368,7 +369,7 @@ def main(given: Sequence[str] | None = None) -> None:
     family = load(ModelConfig(work.model), find_device(work.device))
     if family.name != "stable-diffusion":
         raise UserError(f"--model {work.model}: the plain loop is for Stable Diffusion 1 and 2, not for {family.name}")
-    _, unread = known_targets([work.concept], Vocabulary.load(work.model), judge_of(work.model))
+    _, unread = known_targets([work.concept], Vocabulary.load(work.model), load_judge(work.model))
     if unread and {"rates", "erase"} & set(asked.parts):
         raise UserError(f"--parts {' '.join(asked.parts)}: {unread}; allowed: speed, memory")
     expected = estimate(family, work, every)

@@ -40,6 +40,14 @@ MAKERS = {
     "clip": "train_clip.py",
 }
 """What is published -> the stage that makes it."""
+PIXELS = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 64},
+    "crop_size": {"height": 64, "width": 64},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+"""How CLIP takes pictures, in transformers' words: `train_vae.to_model` of 64 pixels."""
 CHECKPOINTS = DATA.parents[1] / "checkpoints"
 
 
@@ -129,8 +137,12 @@ def write(data: Path, new: Path) -> None:
     for folder in (new / "emoji-sd" / "tokenizer", new / "emoji-clip"):
         save_tokenizer(tokenizer, folder)
     shutil.copytree(data / "judge", new / "emoji-judge", ignore=shutil.ignore_patterns(HISTORY))
-    for name, told in (("vocabulary", vocabulary()), ("training", histories(data))):
-        (new / "emoji-sd" / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    for file, told in (
+        ("emoji-sd/vocabulary.json", vocabulary()),
+        ("emoji-sd/training.json", histories(data)),
+        ("emoji-clip/preprocessor_config.json", PIXELS),
+    ):
+        (new / file).write_text(json.dumps(told, indent=1) + "\n")
     for config in new.rglob("config.json"):  # diffusers notes where each part was loaded from
         told = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         config.write_text(json.dumps(told, indent=2) + "\n")

@@ -225,7 +225,9 @@ def main() -> None:
     groups = some(kinds(), args.every)
     read = judge(paint([prompt for _, prompt in groups], args.seed + 3))
     members = {group: {THINGS[t].name for t in of} for group, of in MEMBERS.items()}
-    kind_right = [read.thing[i] in members[group] and not read.neither[i] for i, (group, _) in enumerate(groups)]
+    kind_right = [
+        read.names["thing"][i] in members[group] and not read.neither[i] for i, (group, _) in enumerate(groups)
+    ]
 
     pages = scenes(args.scenes, np.random.default_rng(args.seed))
     scene_images = paint([prompt for *_, prompt in pages], args.seed + 2)

@@ -384,7 +384,7 @@ def test_an_unseen_pair_is_right_if_thing_and_style_are(
             return SimpleNamespace(
                 shows=lambda things: np.ones(len(things), bool),
                 in_style=lambda styles: np.array([style == "flat" for style in styles]),
-                thing=["cat"] * len(images),
+                names={"thing": ["cat"] * len(images)},
                 neither=np.ones(len(images), bool),
             )
 

@@ -1,0 +1,301 @@
+"""The suite `emoji_canvas`: erase one thing or style after the other, read the whole grid each time.
+
+    python -m esd.evaluate suite=emoji_canvas method=esd_u run_dir=runs/canvas-esd-u
+
+Each erasure is a run of `esd.train` in `<name>/training`, as a user would start it, and its pictures of the grid lie in
+`<name>/erased` beside those of the base in `base`. `images.csv` has a row for every picture, `metrics.json` the scores
+of every erasure and their means, `canvas.csv` a line for each erasure; all three are written anew after each one.
+The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esd.config import EvaluateConfig
+from esd.errors import UserError
+from esd.model import check, find_device, load
+from esd.run import RunDirectory, versions
+
+if TYPE_CHECKING:
+    from esd.evaluation.generate import Manifest
+    from esd.evaluation.judges import EmojiJudge
+    from esd.evaluation.prompts import PromptRow
+    from esd.evaluation.table import Row
+    from esd.evaluation.vocabulary import Target, Vocabulary
+    from esd.families import Family
+
+EXPERIMENTS = {"thing": "erase_thing", "style": "erase_style"}  # whose prompts fit what is erased
+UNREAD = ("target_images", "retained_images", "implied_images")  # of esd.train: the canvas reads, not the training
+
+
+def evaluate_canvas(config: EvaluateConfig) -> int:
+    """Erases and reads; returns the exit code.
+
+    Raises:
+        UserError: the model has no vocabulary or no judge, or does not know a name of the canvas.
+    """
+    run = RunDirectory(config.run_path(), config)
+    from esd.evaluation import canvas
+    from esd.evaluation.erasure import FIRST_SEED
+
+    refuse_several_processes()
+    check(config.model)
+    vocabulary, judge = known(config)
+    things, styles = (named(config, vocabulary, domain) for domain in ("thing", "style"))
+    template = vocabulary.phrasings["held_out"]["both"][0]
+    rows = canvas.grid(template, things, styles, seed=FIRST_SEED + config.seed, samples=config.images_per_prompt)
+    targets = canvas.order(things, styles)[: config.limit]
+    pictures = len(rows) * config.images_per_prompt
+    print(
+        f"erase {len(targets)} of {len(things)} things and {len(styles)} styles in turn by {config.method.name} "
+        f"({', '.join(config.method.training)}), and read {pictures} pictures each time\n"
+        f"read by {judge.name}; a picture is {template!r}",
+        flush=True,
+    )
+    if config.plan_only:
+        print(f"results would go to {run.path}; plan_only=true, so nothing was trained")
+        return 0
+    family = load(config.model, find_device(config.device))
+    with run.claimed():
+        return Canvas(config, run, family, vocabulary, judge, rows).measure(targets)
+
+
+def refuse_several_processes() -> None:
+    """Raises UserError in a launch of several processes: the erasures of a canvas are made one after the other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "suite=emoji_canvas runs in one process; start it as python -m esd.evaluate ..., and one method beside "
+            "another in run directories of their own"
+        )
+
+
+def known(config: EvaluateConfig) -> tuple[Vocabulary, EmojiJudge]:
+    """The model's vocabulary and its judge.
+
+    Raises:
+        UserError: it has none.
+    """
+    from esd.evaluation.judges_by_name import find
+    from esd.evaluation.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.load(config.model.path)
+    if vocabulary is None:
+        raise UserError(
+            f"model.path={config.model.path} ships no vocabulary.json, so that the canvas does not know what to erase; "
+            "allowed: a model that does, such as checkpoints/emoji-sd"
+        )
+    judge: Any = find("emoji-judge", model=config.model.path, vocabulary=vocabulary, labels={})
+    return vocabulary, judge
+
+
+def named(config: EvaluateConfig, vocabulary: Vocabulary, domain: str) -> list[str]:
+    """The things or styles of the canvas.
+
+    Raises:
+        UserError: the model does not know one, or it stands there twice.
+    """
+    asked: list[str] = config.suite.things if domain == "thing" else config.suite.styles
+    known = vocabulary.names(domain)
+    for name in asked:
+        if name not in known or asked.count(name) > 1:
+            why = "stands there twice" if name in known else "is not known to the model"
+            raise UserError(f"suite.{domain}s: {name!r} {why}; allowed: {', '.join(known)}")
+    return asked or known
+
+
+class Canvas:
+    """One method's canvas in one run directory."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        run: RunDirectory,
+        family: Family,
+        vocabulary: Vocabulary,
+        judge: EmojiJudge,
+        rows: list[PromptRow],
+    ) -> None:
+        self.config, self.run, self.family, self.vocabulary, self.judge = config, run, family, vocabulary, judge
+        self.rows = rows
+
+    def measure(self, targets: list[Target]) -> int:
+        """Erases each target and reads the grid; returns the exit code."""
+        from esd.evaluation import canvas, retention
+
+        base = self.drawn(self.run / "base", None)
+        table = self.read("base", base)
+        counts = {"base": canvas.counted(table, self.judge.name)}
+        names = {domain: list(found) for domain, found in counts["base"].items()}
+        likeness = {domain: retention.similarities(self.family, found) for domain, found in names.items()}
+        erasures: list[dict[str, Any]] = []
+        for number, target in enumerate(targets, 1):
+            print(f"{number} of {len(targets)}: {target.name}", flush=True)
+            folder = self.run / target.name.replace(" ", "-")
+            if code := self.train(target, folder / "training"):
+                return code
+            erased = self.drawn(folder / "erased", folder / "training")
+            read = self.read(target.name, erased)
+            table += read
+            after = canvas.counted(read, self.judge.name)
+            erasures.append(self.told(target, folder, base, erased, counts["base"], after, likeness[target.domain]))
+            self.write(table, erasures, len(targets))
+        print(f"results are in {self.run.path}: metrics.json, canvas.csv, images.csv")
+        return 0
+
+    def train(self, target: Target, folder: Path) -> int:
+        """Trains one erasure as a user would, unless that is done; returns the exit code."""
+        from esd.checkpoint import FILE_NAME
+        from esd.progress import termination
+
+        if (folder / "summary.json").is_file() and (folder / FILE_NAME).is_file():
+            return 0
+        settings = [
+            f"experiment={EXPERIMENTS[target.domain]}",
+            f"concepts=['{target.name}']",
+            *self.config.method.training,
+            *(f"evaluation.{name}=0" for name in UNREAD),
+            "evaluation.preview_images=1",
+            f"model.path='{self.config.model.path}'",
+            f"model.precision={self.config.model.precision}",
+            f"device={self.config.device}",
+            f"seed={self.config.seed}",
+            f"run_dir='{folder}'",
+        ]
+        print(f"python -m esd.train {shlex.join(settings)}", flush=True)
+        with termination() as stopping, subprocess.Popen([sys.executable, "-m", "esd.train", *settings]) as training:
+            while training.poll() is None:
+                if stopping():
+                    training.terminate()
+                    training.wait()
+                try:
+                    training.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    continue
+        return training.returncode
+
+    def drawn(self, folder: Path, weights: Path | None) -> Manifest:
+        """The pictures of the grid, drawn unless they are there."""
+        from esd import checkpoint
+        from esd.evaluation import generate
+
+        found = checkpoint.load(weights) if weights else None
+        planned = generate.plan(
+            self.rows,
+            folder,
+            base=generate.base_of(self.family),
+            num_steps=self.config.num_steps,
+            guidance_scale=self.config.guidance_scale,
+            images_per_prompt=self.config.images_per_prompt,
+            checkpoint=found.path if found else None,
+            drawn_with=versions() | {"device": self.family.device.type},
+        )
+        kept = Path(self.config.base_images) if self.config.base_images and not found else None
+        with self.family.drawing() as pipe:
+            if found is None:
+                return generate.generate(pipe, planned, batch_size=self.config.batch_size, kept=kept)
+            with checkpoint.erased(pipe, found):
+                return generate.generate(pipe, planned, batch_size=self.config.batch_size)
+
+    def read(self, model: str, manifest: Manifest) -> list[Row]:
+        """The rows of images.csv of one model."""
+        from esd.evaluation.reading import read
+
+        rows = read(model, manifest, [self.judge])
+        where = manifest.folder.relative_to(self.run.path)
+        return [row | {"file": str(where / Path(row["file"]).name)} for row in rows]
+
+    def told(
+        self,
+        target: Target,
+        folder: Path,
+        base: Manifest,
+        erased: Manifest,
+        before: Any,
+        after: Any,
+        likeness: Any,
+    ) -> dict[str, Any]:
+        """What metrics.json says of one erasure."""
+        from dataclasses import asdict
+
+        from esd import checkpoint
+        from esd.evaluation import canvas, retention
+        from esd.evaluation.reading import spread
+
+        found = checkpoint.load(folder / "training")
+        apart = spread(base, erased, self.judge.features, [target])
+        points = retention.curve(target.name, before[target.domain], after[target.domain], likeness)
+        return {
+            "name": target.name,
+            "domain": target.domain,
+            **canvas.scores(target, before, after),
+            **{name: apart[name] for name in ("fid", "kid")},
+            "retention": [asdict(point) for point in points],
+            "over_erasure": retention.area(points),
+            "seconds": found.provenance["seconds"],
+            "parameters": found.provenance["parameters"],
+            "bytes": found.path.stat().st_size,
+        }
+
+    def write(self, rows: list[Row], erasures: list[dict[str, Any]], planned: int) -> None:
+        """Writes images.csv, metrics.json and canvas.csv, and prints the means so far."""
+        from esd.evaluation import canvas, table
+        from esd.evaluation.vocabulary import DOMAINS
+        from esd.storage import write_json
+
+        by_domain = {domain: [told for told in erasures if told["domain"] == domain] for domain in DOMAINS}
+        means = {domain: canvas.mean(told) for domain, told in by_domain.items() if told}
+        table.write_table(self.run / "images.csv", rows)
+        write_json(
+            self.run / "metrics.json",
+            {
+                "suite": self.config.suite.name,
+                "method": {"name": self.config.method.name, "training": list(self.config.method.training)},
+                "judges": {self.judge.name: table.facts(self.judge)},
+                "planned": planned,
+                "erasures": erasures,
+                "means": means,
+                "published": canvas.PUBLISHED,
+                "peak_gib_training": self.peak(),
+            },
+        )
+        self.write_lines(erasures)
+        for domain, mean in means.items():
+            told = "  ".join(f"{name} {100 * mean[name]['rate']:.1f}" for name in canvas.SCORES)
+            print(f"{domain}s: {told}  (percent, mean of {len(by_domain[domain])})", flush=True)
+
+    def write_lines(self, erasures: list[dict[str, Any]]) -> None:
+        """Writes canvas.csv: a line for each erasure."""
+        from esd.evaluation.canvas import SCORES
+        from esd.storage import atomic
+
+        plain = ("name", "domain", "fid", "kid", "over_erasure", "seconds", "parameters", "bytes")
+        lines = [
+            {name: told[name] for name in plain}
+            | {f"{score}{suffix}": told[score][field] for score in SCORES for suffix, field in FIELDS.items()}
+            | {f"{score}_{end}": (told[score]["interval"] or [None] * 2)[i] for score in SCORES for i, end in ENDS}
+            for told in erasures
+        ]
+        with atomic(self.run / "canvas.csv") as staged, staged.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    def peak(self) -> float | None:
+        """Most memory that a training of this sitting held, in GiB; None where none ran or the system tells nothing."""
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30 or None
+
+
+FIELDS = {"": "rate", "_n": "n", "_base": "base", "_of_base": "of_base"}
+ENDS = ((0, "low"), (1, "high"))

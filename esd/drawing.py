@@ -1,0 +1,135 @@
+"""What programs that draw share: the prompts of a setting, the share of each process, base and erased drawn in turn."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from esd.config import GenerateConfig
+from esd.model import find_device
+from esd.run import RunDirectory, versions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from esd.checkpoint import Erased
+    from esd.evaluation.generate import Manifest, Share
+    from esd.evaluation.prompts import PromptRow
+    from esd.families import Family
+
+TOLD_CUTS = 3
+LONGEST_WAIT = timedelta(days=7)  # for the other processes; the default of ten minutes is a few pictures of FLUX
+
+
+def announce(text: str, *, warning: bool = False) -> None:
+    """Prints a line, or a warning on stderr, once over all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}" if warning else text, file=sys.stderr if warning else sys.stdout, flush=True)
+
+
+def announce_drawing(config: GenerateConfig, rows: list[PromptRow], found: Erased | None) -> None:
+    """Prints how many images will be drawn, with which model and without what."""
+    erased = f", and again without {', '.join(found.provenance.get('concepts', ()))}" if found else ""
+    images = len(rows) * config.images_per_prompt
+    announce(f"draw {images} images of {len(rows)} prompts with {config.model.path}{erased}")
+
+
+def rows_of(config: GenerateConfig) -> list[PromptRow]:
+    """The prompts that the settings name, templates filled from what the model knows.
+
+    Raises:
+        UserError: see `esd.evaluation.promptsets.find` and `esd.evaluation.prompts.load`.
+    """
+    from esd.evaluation import promptsets
+    from esd.evaluation.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.load(config.model.path)
+    names = {"thing": vocabulary.names("thing"), "style": vocabulary.names("style")} if vocabulary else None
+    rows, told = promptsets.find(config.prompts, seed=config.seed, names=names)
+    for line in told:
+        announce(line)
+    return rows
+
+
+def find_share(device: str) -> tuple[Share, torch.device | str]:
+    """The share of this process of a launch, and the device that it draws on.
+
+    Raises:
+        UserError: the machine has no such device.
+    """
+    from esd.evaluation.generate import Share
+
+    found = find_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Share(), found
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
+    announce(f"shared out among {state.num_processes} processes")
+    return Share(state.process_index, state.num_processes, state.wait_for_everyone), state.device
+
+
+def plan(
+    config: GenerateConfig, rows: list[PromptRow], family: Family, found: Erased | None, run: RunDirectory
+) -> dict[str, Manifest]:
+    """What is drawn into the folders `base` and `erased` of a run; also says what the text encoder does not read.
+
+    Raises:
+        UserError: the model takes no such number of steps or size of picture, the weights are of another base, or a
+            folder holds other images.
+    """
+    from esd import checkpoint
+    from esd.evaluation import generate
+
+    family.scheduler(config.num_steps)  # tells whether it knows so many
+    generate.check_sizes(family, rows)
+    if found:
+        checkpoint.check(family.pipe, found)
+    base, cut = generate.base_of(family), family.cut([row.prompt for row in rows])
+    announce_cuts(cut)
+    drawn_with = versions() | {"device": family.device.type}
+
+    def images(folder: Path, weights: Path | None) -> Manifest:
+        return generate.plan(
+            rows,
+            folder,
+            base=base,
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            images_per_prompt=config.images_per_prompt,
+            checkpoint=weights,
+            cut=cut,
+            drawn_with=drawn_with,
+        )
+
+    plans = {"base": images(run / "base", None)}
+    return plans | ({"erased": images(run / "erased", found.path)} if found else {})
+
+
+def announce_cuts(cut: dict[str, str]) -> None:
+    """Warns of prompts that are too long: the first few in words, the rest as a number; the manifest has them all."""
+    for prompt, end in list(cut.items())[:TOLD_CUTS]:
+        announce(f"{prompt[:60]!r}... is too long; the text encoder does not read {end!r}", warning=True)
+    if len(cut) > TOLD_CUTS:
+        announce(f"{len(cut) - TOLD_CUTS} more prompts are too long; see 'cut' in manifest.json", warning=True)
+
+
+def draw(
+    config: GenerateConfig, plans: dict[str, Manifest], family: Family, found: Erased | None, share: Share
+) -> None:
+    """Draws what is planned, this process its share; the pipeline is the base again afterwards."""
+    from pathlib import Path
+
+    from esd import checkpoint
+    from esd.evaluation.generate import generate
+
+    kept = Path(config.base_images) if config.base_images else None
+    with family.drawing() as pipe:
+        generate(pipe, plans["base"], batch_size=config.batch_size, share=share, kept=kept)
+        if found:
+            with checkpoint.erased(pipe, found):
+                generate(pipe, plans["erased"], batch_size=config.batch_size, share=share)

@@ -1,0 +1,311 @@
+"""Measure an erased checkpoint.
+
+    python -m esd.evaluate checkpoint=runs/cat prompts='["a {thing} in the {style} style"]' limit=100
+
+`suite=prompts` draws a set of prompts with the base and with the erased model from the same seeds, and has judges read
+the pictures. Leaves `base/` and `erased/` (images and manifests), `images.csv` (a row for every image and model, with
+all that was read and how sure) and `metrics.json` (rates with intervals, distances, what it took). The same command
+resumes; `accelerate launch -m esd.evaluate` shares the drawing out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from esd.canvas import evaluate_canvas
+from esd.config import EvaluateConfig
+from esd.drawing import announce, announce_drawing, draw, find_share, plan, rows_of
+from esd.errors import UserError
+from esd.main import run_program
+from esd.model import check, load
+from esd.run import RunDirectory
+
+if TYPE_CHECKING:
+    from esd.checkpoint import Erased
+    from esd.evaluation.generate import Manifest
+    from esd.evaluation.judges import Judge, PairJudge
+    from esd.evaluation.prompts import PromptRow
+    from esd.evaluation.vocabulary import Vocabulary
+    from esd.families import Family
+
+NEIGHBOURS = 4  # names on whose prompts the denoiser's drift is measured
+
+
+def main() -> None:
+    """The command line."""
+    run_program("evaluate", EvaluateConfig, evaluate)
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Measures what `config` says; returns the exit code."""
+    return {"prompts": evaluate_prompts, "emoji_canvas": evaluate_canvas}[config.suite.name](config)
+
+
+def evaluate_prompts(config: EvaluateConfig) -> int:
+    """The suite `prompts`; returns the exit code."""
+    run = RunDirectory(config.run_path(), config)
+    from esd import checkpoint
+    from esd.evaluation import table
+    from esd.evaluation.vocabulary import Vocabulary
+
+    check(config.model)
+    rows = limited(rows_of(config), config.limit)
+    found = checkpoint.load(config.checkpoint) if config.checkpoint else None
+    vocabulary = Vocabulary.load(config.model.path)
+    share, device = find_share(config.device)
+    judges, pair_judges = find_judges(config, rows, vocabulary, device, pairs=found is not None)
+    readers: list[Judge | PairJudge] = [*judges, *pair_judges]
+    facts = {judge.name: table.facts(judge) for judge in readers}
+    for name, threshold in table.thresholds_of(facts, config.thresholds).items():
+        facts[name]["threshold"] = threshold
+    announce_drawing(config, rows, found)
+    announce(f"read by {', '.join(facts) or 'no judge'}")
+    if config.plan_only:
+        announce(f"results would go to {run.path}; plan_only=true, so nothing was drawn")
+        return 0
+    family = load(config.model, device)
+    check_pictures(judges, rows, family)
+    plans = plan(config, rows, family, found, run)
+    share.wait()  # all have looked before the first one writes
+    with run.claimed(main=share.index == 0):
+        share.wait()
+        start, missing = time.monotonic(), missing_images(plans)
+        draw(config, plans, family, found, share)
+        took = {"images_drawn": missing, "seconds": {"drawing": time.monotonic() - start}}
+        if share.index == 0:
+            measure(config, run, family, found, vocabulary, plans, judges, pair_judges, facts, took)
+    announce(f"results are in {run.path}: metrics.json, images.csv, {', '.join(f'{name}/' for name in plans)}")
+    return 0
+
+
+def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
+    """At most `limit` rows, evenly spaced over all of them, so that a set's groups all have their share."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def find_judges(
+    config: EvaluateConfig, rows: list[PromptRow], vocabulary: Vocabulary | None, device: Any, *, pairs: bool
+) -> tuple[list[Judge], list[PairJudge]]:
+    """The judges asked for, or the model's own; warns of those that were never tried on such pictures.
+
+    Raises:
+        UserError: see `esd.evaluation.judges_by_name.find`; or pictures are to be compared with none, or a judge reads
+            what no prompt says.
+    """
+    import transformers
+
+    from esd.evaluation.judges import EMOJI, PHOTOS, PairJudge, PromptJudge, load_judge
+    from esd.evaluation.judges_by_name import find
+
+    transformers.utils.logging.disable_progress_bar()  # loading takes a second
+    own = ["emoji-judge", "emoji-clip"] if vocabulary and load_judge(config.model.path) else []
+    names = list(dict.fromkeys(config.judges or [*own, *(["ssim"] if pairs else [])]))
+    labels: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, value in row.labels.items():
+            labels.setdefault(name, {})[value] = None
+    answers = {name: list(values) for name, values in labels.items()}
+    judges: list[Judge] = []
+    pair_judges: list[PairJudge] = []
+    for name in names:
+        judge = find(name, model=config.model.path, vocabulary=vocabulary, labels=answers, device=device)
+        if isinstance(judge, PairJudge):
+            pair_judges.append(judge)
+            continue
+        if not {*judge.unsure, *answers} & {*judge.questions} and not isinstance(judge, PromptJudge):
+            raise UserError(
+                f"judges: {name} reads {', '.join(judge.questions)}, and no prompt has such a label to hold it against "
+                f"(labels: {', '.join(answers) or 'none'}); add a column of that name, or leave the judge out"
+            )
+        judges.append(judge)
+        pictures = EMOJI if own else PHOTOS
+        if judge.validated != pictures:
+            told = f"{name} was validated on {judge.validated}, never on {pictures}; its rates may mean nothing"
+            announce(told, warning=True)
+    if pair_judges and not pairs:
+        raise UserError(
+            f"judges: {pair_judges[0].name} compares base and erased, and checkpoint=null draws the base alone; leave "
+            "it out, or give a checkpoint"
+        )
+    return judges, pair_judges
+
+
+def check_pictures(judges: list[Judge], rows: list[PromptRow], family: Family) -> None:
+    """Raises UserError where a judge would get pictures of a size that it does not read."""
+    for judge in judges:
+        if (size := judge.size) is None:
+            continue
+        odd = next((row for row in rows if (row.height or size, row.width or size) != (size, size)), None)
+        if odd or family.latent_shape(size) != family.sample_shape:
+            which = f"case_number {odd.case_number} is" if odd else "the model's pictures are"
+            raise UserError(f"judges: {judge.name} reads pictures of {size} pixels, and {which} not; leave it out")
+
+
+def missing_images(plans: dict[str, Manifest]) -> int:
+    """How many of the planned images are not there yet."""
+    return sum(not (manifest.folder / i.file).exists() for manifest in plans.values() for i in manifest.images)
+
+
+def measure(
+    config: EvaluateConfig,
+    run: RunDirectory,
+    family: Family,
+    found: Erased | None,
+    vocabulary: Vocabulary | None,
+    plans: dict[str, Manifest],
+    judges: list[Judge],
+    pair_judges: list[PairJudge],
+    facts: dict[str, dict[str, Any]],
+    took: dict[str, Any],
+) -> None:
+    """Writes images.csv and metrics.json, and prints the rates."""
+    from esd.evaluation import table
+    from esd.evaluation.reading import read
+    from esd.storage import write_json
+
+    start = time.monotonic()
+    rows = read("base", plans["base"], judges)
+    if found:
+        rows += read("erased", plans["erased"], judges, pair_judges, plans["base"])
+    table.write_table(run / "images.csv", rows)
+    metrics: dict[str, Any] = {
+        "suite": config.suite.name,
+        "base": plans["base"].base,
+        "checkpoint": identity(found) if found else None,
+        "judges": facts,
+        "images": table.states(rows),
+        "rates": table.rates(rows, facts),
+        "scores": table.scores(rows, facts),
+        "counts": table.counts(rows, facts),
+        **(compare(found, vocabulary, plans, judges, rows, facts) if found else {}),
+        "denoiser": look_inside(config, family, found, vocabulary) if found and config.denoiser_points else None,
+    }
+    took["seconds"]["judging"] = time.monotonic() - start
+    write_json(run / "metrics.json", metrics | took | {"peak_gib": peak_gib(family)})
+    tell(metrics)
+
+
+def identity(found: Erased) -> dict[str, Any]:
+    """What says which checkpoint was measured."""
+    import hashlib
+
+    content = found.path.read_bytes()
+    told = {"path": str(found.path), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    return told | {"concepts": found.provenance.get("concepts")}
+
+
+def compare(
+    found: Erased,
+    vocabulary: Vocabulary | None,
+    plans: dict[str, Manifest],
+    judges: list[Judge],
+    rows: list[dict[str, str]],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """What went and what stayed: "erasure" or the "reason" why it cannot be told, and "distances"."""
+    from esd.evaluation import table
+    from esd.evaluation.erasure import known_targets
+    from esd.evaluation.judges import EmojiJudge
+    from esd.evaluation.reading import spread
+    from esd.evaluation.vocabulary import DOMAINS
+
+    judge = next((judge for judge in judges if set(DOMAINS) <= set(judge.questions)), None)
+    concepts = found.provenance.get("concepts", [])
+    origins = found.provenance.get("erase_from", [])[: len(concepts)]  # one for each, then again in other templates
+    targets, reason = known_targets(concepts, vocabulary, judge, origins)
+    told: dict[str, Any] = {"erasure": None, "reason": reason, "distances": None}
+    if judge and targets:
+        threshold = facts[judge.name]["threshold"] or 0.0
+        told["erasure"] = {"judge": judge.name} | table.erasure(rows, judge.name, threshold, targets)
+    if isinstance(judge, EmojiJudge):
+        features = {"features": f"{judge.name} {judge.version} {judge.hash[:12]}"}
+        told["distances"] = spread(plans["base"], plans["erased"], judge.features, targets) | features
+    return told
+
+
+def look_inside(
+    config: EvaluateConfig, family: Family, found: Erased, vocabulary: Vocabulary | None
+) -> dict[str, Any] | None:
+    """Residual on what was erased and drift on its neighbours, against t; None for a checkpoint that names nothing.
+
+    Prompts are "a cat" for each concept, and the nearest names of the vocabulary in the same words;
+    without a vocabulary there are no neighbours.
+    """
+    from esd.evaluation.denoiser import sensitivity
+    from esd.evaluation.prompts import say
+
+    concepts = list(found.provenance.get("concepts") or [])
+    known = [entry for concept in concepts if vocabulary and (entry := vocabulary.find(concept))]
+    near: list[str] = []
+    if vocabulary and known:
+        (domain, first), gone = known[0], {entry.name for _, entry in known}
+        near = [name for name in vocabulary.neighbours(domain, first.name) if name not in gone][:NEIGHBOURS]
+    asked = {"erased": concepts, "neighbours": near}
+    told = {}
+    for group, names in asked.items():
+        if prompts := [say("a {}", {"": name}) for name in names]:
+            points = sensitivity(
+                family,
+                found,
+                prompts,
+                num_steps=config.num_steps,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+                max_points=config.denoiser_points,
+                max_batch=2 * config.batch_size,
+            )
+            told[group] = {"prompts": prompts, "points": points}
+    return told or None
+
+
+def peak_gib(family: Family) -> dict[str, float]:
+    """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one draws."""
+    import torch
+
+    told = {}
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        told["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    except ImportError:  # Windows
+        pass
+    if family.device.type == "cuda":
+        told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
+    return told
+
+
+def tell(metrics: dict[str, Any]) -> None:
+    """Prints the rates, base beside erased; warns of images that could not be read."""
+    for model, found in metrics["images"].items():
+        if lost := ", ".join(f"{n} {state}" for state, n in found.items() if n and state != "ok"):
+            announce(
+                f"images of {model}: {lost}; they count in no rate; remove what is corrupt, and the same command draws "
+                "it anew",
+                warning=True,
+            )
+    for model, judges in metrics["rates"].items():
+        for judge, questions in judges.items():
+            for question, rate in questions.items():
+                if rate["n"]:
+                    what = "as asked" if rate["of"] == "label" else rate["of"]
+                    print(f"{model:<14} {question} {rate['rate']:.1%} {what}  {span(rate)}  {judge}")
+    for name, rate in (metrics.get("erasure") or {}).items():
+        if isinstance(rate, dict) and rate["n"]:
+            print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate)}")
+    if metrics.get("reason"):
+        print(f"no rates of what was erased: {metrics['reason']}")
+
+
+def span(rate: dict[str, Any]) -> str:
+    """A rate's interval and number, as it is printed."""
+    low, high = rate["interval"]
+    return f"(95%: {low:.1%} to {high:.1%}, n={rate['n']})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""UnlearnCanvas in miniature: every thing and style of a grid erased in turn, and the whole grid read each time.
+
+With acc(name) the share of the grid's pictures asked for a name that the judge takes for it (its best answer, whatever
+its probability), for an erased name e in its domain D (things or styles) and the other domain D':
+
+    UA  = 1 - acc(e)                           unlearning accuracy
+    IRA = mean of acc over D without e         in-domain retain accuracy
+    CRA = mean of acc over D'                  cross-domain retain accuracy
+
+over the whole grid, pictures that ask for e among those of CRA. A judge and a base that are not perfect bound all
+three; beside each stands the same of the base, and its share of it: 1 - acc(e) / acc_base(e) for UA, the ratio for the
+others.
+
+Source: Zhang et al. 2024, "UnlearnCanvas" (arXiv:2402.11846); machine_unlearning/evaluation/quantitative/accuracy.py of
+OPTML-Group/UnlearnCanvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from esd.evaluation.metrics import wilson
+from esd.evaluation.prompts import PromptRow, fill
+from esd.evaluation.vocabulary import DOMAINS, OTHER, Target
+
+SCORES = ("UA", "IRA", "CRA")
+PUBLISHED = {"style": {"UA": 0.986, "IRA": 0.810, "CRA": 0.940}, "thing": {"UA": 0.922, "IRA": 0.558, "CRA": 0.442}}
+
+Counts = dict[str, dict[str, tuple[int, int]]]  # domain to name to (pictures taken for it, pictures asked for it)
+
+
+def order(things: Sequence[str], styles: Sequence[str]) -> list[Target]:
+    """What is erased, in turn: both domains spread evenly, so that the first n are a fair part of the whole."""
+    every = [
+        ((i + 0.5) / len(names), Target(domain, name))
+        for domain, names in zip(DOMAINS, (things, styles), strict=True)
+        for i, name in enumerate(names)
+    ]
+    return [target for _, target in sorted(every, key=lambda placed: placed[0])]
+
+
+def grid(template: str, things: Sequence[str], styles: Sequence[str], *, seed: int, samples: int) -> list[PromptRow]:
+    """A row for every thing in every style; every picture of the grid has a seed of its own.
+
+    Args:
+        template: holds {thing} and {style}.
+        things, styles: of the grid.
+        seed: of the first picture.
+        samples: pictures of each row, whose seeds follow one another.
+    """
+    return [
+        PromptRow(i, prompt, seed + i * samples, labels=dict(labels))
+        for i, (prompt, labels) in enumerate(fill(template, things, styles))
+    ]
+
+
+def counted(rows: Sequence[Mapping[str, str]], judge: str) -> Counts:
+    """How many pictures of each name are taken for it.
+
+    Args:
+        rows: of images.csv, of one model; those without a picture are left out.
+        judge: whose best answers "thing" and "style" count.
+    """
+    counts: Counts = {domain: {} for domain in DOMAINS}
+    for row in rows:
+        for domain in DOMAINS if row["state"] == "ok" else ():
+            name = row[f"label.{domain}"]
+            k, n = counts[domain].get(name, (0, 0))
+            counts[domain][name] = (k + (row.get(f"{judge}.{domain}", "") == name), n + 1)
+    return counts
+
+
+def scores(target: Target, base: Counts, erased: Counts) -> dict[str, dict[str, Any]]:
+    """UA, IRA and CRA of one erasure.
+
+    Args:
+        target: what was erased, one of the grid's names.
+        base, erased: of the two models, on the same grid.
+
+    Returns:
+        Each {"rate", "n", "interval", "base", "of_base"}; rates in [0, 1], the interval Wilson's at 95%. A mean over
+        names of which all have as many pictures is the share of all their pictures, which is what is counted. Null
+        where the grid has no such pictures, "of_base" also where the base draws none of them.
+    """
+    domain, other = target.domain, OTHER[target.domain]
+    return {
+        "UA": _score(base[domain], erased[domain], [target.name], gone=True),
+        "IRA": _score(base[domain], erased[domain], [name for name in erased[domain] if name != target.name]),
+        "CRA": _score(base[other], erased[other], list(erased[other])),
+    }
+
+
+def mean(every: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The mean of some erasures' scores, all of the same weight: each {"rate", "base", "of_base", "erasures"}."""
+    return {
+        name: {
+            field: sum(values) / len(values) if (values := _known(every, name, field)) else None
+            for field in ("rate", "base", "of_base")
+        }
+        | {"erasures": len(every)}
+        for name in SCORES
+    }
+
+
+def _known(every: Sequence[Mapping[str, Mapping[str, Any]]], name: str, field: str) -> list[float]:
+    """A field of one score in all erasures that have it."""
+    return [scores[name][field] for scores in every if scores[name][field] is not None]
+
+
+def _score(
+    base: Mapping[str, tuple[int, int]],
+    erased: Mapping[str, tuple[int, int]],
+    names: Sequence[str],
+    *,
+    gone: bool = False,
+) -> dict[str, Any]:
+    """The accuracy on some names, or for `gone` what is missing of it."""
+    (k, n), (k_base, n_base) = ([sum(column) for column in _columns(side, names)] for side in (erased, base))
+    if not n or not n_base:
+        return {"rate": None, "n": n, "interval": None, "base": None, "of_base": None}
+    hits, hits_base = (n - k, n_base - k_base) if gone else (k, k_base)
+    ratio = (k / n) / (k_base / n_base) if k_base else None
+    return {
+        "rate": hits / n,
+        "n": n,
+        "interval": list(wilson(hits, n)),
+        "base": hits_base / n_base,
+        "of_base": None if ratio is None else 1 - ratio if gone else ratio,
+    }
+
+
+def _columns(counts: Mapping[str, tuple[int, int]], names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(pictures taken for a name, pictures asked for it) of some names."""
+    chosen = [counts.get(name, (0, 0)) for name in names]
+    return [k for k, _ in chosen], [n for _, n in chosen]

@@ -1,0 +1,164 @@
+"""The canvas: UA, IRA and CRA from a table of answers, who is harmed, and the suite that erases all in turn."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esd.evaluation.canvas import counted, grid, mean, order, scores
+from esd.evaluation.retention import Retained, area, curve
+from esd.evaluation.vocabulary import Target
+from tests.programs import Command
+
+THINGS, STYLES = ["cat", "dog", "rose"], ["flat", "neon"]
+MODEL = Path(__file__).parents[1] / "checkpoints" / "emoji-sd"
+
+
+def table(answers: dict[tuple[str, str], tuple[str, str]]) -> list[dict[str, str]]:
+    """A picture of every thing in every style, read as asked for unless `answers` says otherwise."""
+    return [
+        {
+            "state": "ok",
+            "label.thing": thing,
+            "label.style": style,
+            "judge.thing": answers.get((thing, style), (thing, style))[0],
+            "judge.style": answers.get((thing, style), (thing, style))[1],
+        }
+        for thing in THINGS
+        for style in STYLES
+    ]
+
+
+def test_scores_are_the_accuracies_that_unlearncanvas_defines() -> None:
+    base = table({("dog", "neon"): ("cat", "neon")})
+    erased = table(
+        {
+            ("cat", "flat"): ("dog", "flat"),
+            ("cat", "neon"): ("cat", "flat"),
+            ("dog", "flat"): ("rose", "flat"),
+            ("dog", "neon"): ("rose", "neon"),
+        }
+    )
+    found = scores(Target("thing", "cat"), counted(base, "judge"), counted(erased, "judge"))
+    assert (found["UA"]["rate"], found["UA"]["n"]) == (1 / 2, 2)  # one cat of two is still taken for one
+    assert (found["IRA"]["rate"], found["IRA"]["n"]) == (2 / 4, 4)  # mean of dogs 0/2 and roses 2/2
+    assert (found["CRA"]["rate"], found["CRA"]["n"]) == (5 / 6, 6)  # over all styles, the cats' pictures among them
+    assert (found["IRA"]["base"], found["IRA"]["of_base"]) == (3 / 4, (2 / 4) / (3 / 4))
+    assert (found["UA"]["base"], found["UA"]["of_base"]) == (0, 1 - 1 / 2)
+    low, high = found["IRA"]["interval"]
+    assert low < 1 / 2 < high
+    style = scores(Target("style", "flat"), counted(base, "judge"), counted(erased, "judge"))
+    assert (style["UA"]["rate"], style["IRA"]["rate"], style["CRA"]["rate"]) == (0, 2 / 3, 3 / 6)
+
+
+def test_pictures_that_are_not_there_count_nowhere() -> None:
+    rows = table({})
+    rows[0] = {name: value for name, value in rows[0].items() if not name.startswith("judge")} | {"state": "missing"}
+    assert counted(rows, "judge")["thing"] == {"cat": (1, 1), "dog": (2, 2), "rose": (2, 2)}
+
+
+def test_what_the_base_cannot_draw_has_no_share_of_it() -> None:
+    blind = table({(thing, style): ("", "") for thing in THINGS for style in STYLES})
+    found = scores(Target("thing", "cat"), counted(blind, "judge"), counted(blind, "judge"))
+    assert found["UA"]["rate"] == 1 and all(score["of_base"] is None for score in found.values())
+
+
+@given(st.data())
+def test_a_model_that_changed_nothing_keeps_all_that_the_base_has(data: st.DataObject) -> None:
+    answer = st.sampled_from(THINGS), st.sampled_from(STYLES)
+    rows = table({(t, s): data.draw(st.tuples(*answer)) for t in THINGS for s in STYLES})
+    counts = counted(rows, "judge")
+    for target in order(THINGS, STYLES):
+        found = scores(target, counts, counts)
+        assert all(score["rate"] == score["base"] for score in found.values())
+        assert found["UA"]["of_base"] in (0, None) and found["CRA"]["of_base"] in (1, None)
+
+
+def test_means_weigh_erasures_alike_and_tell_how_many_there_are() -> None:
+    base = counted(table({}), "judge")
+    gone = counted(table({("cat", "flat"): ("dog", "flat"), ("cat", "neon"): ("dog", "neon")}), "judge")
+    told = mean([scores(Target("thing", name), base, gone) for name in ("cat", "dog")])
+    assert told["UA"] == {"rate": (1 + 0) / 2, "base": 0, "of_base": (1 + 0) / 2, "erasures": 2}
+
+
+def test_every_beginning_of_the_order_has_its_share_of_both_domains() -> None:
+    things, styles = [f"thing {i}" for i in range(20)], [f"style {i}" for i in range(10)]
+    targets = order(things, styles)
+    assert sorted(target.name for target in targets) == sorted(things + styles)
+    for n in range(1, 31):
+        assert abs(sum(target.domain == "thing" for target in targets[:n]) - n * 2 / 3) <= 1
+
+
+def test_every_picture_of_the_grid_has_a_seed_of_its_own() -> None:
+    rows = grid("a {thing}, {style}", THINGS, STYLES, seed=5, samples=3)
+    seeds = [row.evaluation_seed + sample for row in rows for sample in range(3)]
+    assert seeds == list(range(5, 5 + 3 * 6))
+    assert rows[1].prompt == "a cat, neon" and rows[1].labels == {"thing": "cat", "style": "neon"}
+
+
+def test_a_drop_at_the_most_alike_concept_alone_is_a_small_area_and_everywhere_a_large_one() -> None:
+    def points(*drops: float) -> list[Retained]:
+        return [Retained(str(i), 0.1 + 0.2 * i, 1.0, 1.0 - drop, 10) for i, drop in enumerate(drops)]
+
+    assert area(points(0, 0, 0)) == 0
+    assert area(points(0.5, 0.5, 0.5)) == pytest.approx(0.5)
+    assert area(points(0, 0, 1)) == pytest.approx(1 / 4)  # a triangle over the last half
+    assert area(points(0)) is None
+    assert area([Retained("a", 0.3, 1, 0, 1), Retained("b", 0.3, 1, 0, 1)]) is None
+
+
+def test_the_retention_curve_leaves_the_erased_out_and_rises_in_likeness() -> None:
+    likeness = {("cat", "dog"): 0.9, ("cat", "rose"): -0.2, ("cat", "cat"): 1.0}
+    before, after = {"cat": (4, 4), "dog": (4, 4), "rose": (2, 4)}, {"cat": (0, 4), "dog": (1, 4), "rose": (2, 4)}
+    found = curve("cat", before, after, likeness)
+    assert [(point.name, point.drop) for point in found] == [("rose", 0), ("dog", 0.75)]
+
+
+CANVAS = ("suite=emoji_canvas", f"model.path={MODEL}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ((*CANVAS,), "needs a method to erase by, such as method=esd_u"),
+        ((*CANVAS, "method=esd_y"), "method=esd_y: allowed: esd_all, esd_u, esd_x, esd_x_strict"),
+        ((*CANVAS, "method=esd_u", "suite.things=[cat,unicorn]"), "'unicorn' is not known to the model"),
+        ((*CANVAS, "method=esd_u", "suite.styles=[flat,flat]"), "'flat' stands there twice"),
+        ((*CANVAS, "method=esd_u", "prompts=[a cat]"), "says nothing to suite=emoji_canvas"),
+        ((*CANVAS, "method=esd_u", "method.training=['concepts=[cat]']"), "is the canvas' to set"),
+        (("prompts=[a cat]", "method=esd_u"), "method=esd_u says nothing to suite=prompts"),
+        (("suite=emoji_canvas", "method=esd_u", "model.path=base"), "ships no vocabulary.json"),
+    ],
+    ids=str,
+)
+def test_a_canvas_that_cannot_be_is_refused_before_anything_is_loaded(
+    command: Command, settings: tuple[str, ...], told: str
+) -> None:
+    ended = command("evaluate", *settings)
+    assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert not [name for name in command.files() if name.startswith("runs")]
+
+
+@pytest.mark.slow(reason="a whole erasure of the bundled model, and eight hundred pictures")
+def test_one_erasure_of_the_canvas_is_told_and_resumed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = Command(monkeypatch, capsys, tmp_path)
+    settings = (*CANVAS, "method=esd_u", "limit=1", "images_per_prompt=1", "device=cpu", "run_dir=canvas")
+    ended = command("evaluate", *settings)
+    assert ended.code == 0, ended.err
+    told = json.loads((tmp_path / "canvas/metrics.json").read_text())
+    (erasure,) = told["erasures"]
+    assert (erasure["name"], erasure["UA"]["n"], erasure["IRA"]["n"], erasure["CRA"]["n"]) == ("cat", 10, 190, 200)
+    assert erasure["UA"]["rate"] >= 0.9 and erasure["IRA"]["of_base"] >= 0.85 and erasure["CRA"]["of_base"] >= 0.9
+    assert len(erasure["retention"]) == 19 and -0.1 < erasure["over_erasure"] < 0.2
+    (line,) = csv.DictReader((tmp_path / "canvas/canvas.csv").open())
+    assert float(line["UA"]) == erasure["UA"]["rate"] and line["name"] == "cat"
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "canvas").rglob("*.png")}
+    assert len(drawn) == 401  # and the preview
+    assert command("evaluate", *settings).code == 0
+    assert drawn == {path: path.stat().st_mtime_ns for path in (tmp_path / "canvas").rglob("*.png")}

@@ -1,0 +1,146 @@
+"""`python -m esd.evaluate`: what it leaves, that it resumes and refuses, and that its table says it all again."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from esd.evaluation.table import rates, read_table
+from tests.programs import Command
+from tests.test_generate import FAST as FAST_IMAGES
+from tests.test_generate import erased_weights
+from tests.test_judges_by_name import tiny_clip  # noqa: F401 - a fixture
+
+FAST = (*FAST_IMAGES, "denoiser_points=0", "run_dir=out")
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+
+
+@pytest.fixture
+def asked(command: Command) -> tuple[str, ...]:
+    """An erased checkpoint, and prompts with labels, as arguments."""
+    erased_weights(command.folder / "weights/erased.safetensors")
+    rows = "".join(f"{i},a {name},{i},{name}\n" for i, name in enumerate(["cat", "dog", "rose"] * 2))
+    (command.folder / "p.csv").write_text("case_number,prompt,evaluation_seed,class\n" + rows)
+    return "prompts=p.csv", "checkpoint=weights", *FAST
+
+
+def metrics(command: Command) -> dict:
+    told: dict = json.loads((command.folder / "out/metrics.json").read_text())
+    return told
+
+
+def test_images_a_table_and_metrics_are_left_and_the_table_says_the_rates_again(
+    command: Command,
+    asked: tuple[str, ...],
+    tiny_clip: Path,  # noqa: F811
+) -> None:
+    ended = command("evaluate", *asked, f"judges=['clip:{tiny_clip}',ssim]", "denoiser_points=2")
+    assert ended.code == 0, ended.err
+    told, rows = metrics(command), read_table(command.folder / "out/images.csv")
+    left = {f"out/{folder}/{name}" for folder in ("base", "erased") for name in ("0_0.png", "5_0.png", "manifest.json")}
+    assert left <= command.files()
+    assert [row["model"] for row in rows] == ["base"] * 6 + ["erased"] * 6
+    assert rates(rows, told["judges"]) == told["rates"], "from the two files alone"
+    found = told["rates"]["erased"][f"clip:{tiny_clip}"]["class"]
+    assert found["n"] == 6 and set(found["by_label"]) == {"cat", "dog", "rose"} and len(found["interval"]) == 2
+    assert -1 <= told["scores"]["base"][f"clip:{tiny_clip}"]["clip_cos"] <= 1
+    assert told["scores"]["erased"]["ssim"]["n"] == 6 and told["scores"]["erased"]["ssim"]["mean"] < 1
+    assert told["erasure"] is None and "vocabulary.json" in told["reason"]
+    assert told["checkpoint"]["concepts"] == ["cat"] and told["checkpoint"]["bytes"] > 0
+    points = told["denoiser"]["erased"]["points"]
+    assert len(points) == 2 and all(point["residual"] >= 0 for point in points)
+    assert points[0]["t"] > points[1]["t"] and told["denoiser"]["erased"]["prompts"] == ["a cat"]
+    assert told["images_drawn"] == 12 and told["seconds"]["drawing"] > 0 and told["peak_gib"]["process"] > 0
+
+
+def test_the_same_command_draws_nothing_anew_and_other_settings_are_refused(
+    command: Command, asked: tuple[str, ...]
+) -> None:
+    assert command("evaluate", *asked).code == 0
+    drawn = {path: path.stat().st_mtime_ns for path in (command.folder / "out").rglob("*.png")}
+    assert command("evaluate", *asked, "denoiser_points=1", "batch_size=2").code == 0
+    assert metrics(command)["images_drawn"] == 0 and metrics(command)["denoiser"]
+    assert drawn == {path: path.stat().st_mtime_ns for path in (command.folder / "out").rglob("*.png")}
+    for more, told in (("num_steps=3", "num_steps=2 there, 3 here"), ("limit=2", "limit=None there, 2 here")):
+        ended = command("evaluate", *asked, more)
+        assert ended.code == 2 and told in ended.err
+
+
+def test_another_erased_model_finds_the_images_of_the_base(command: Command, asked: tuple[str, ...]) -> None:
+    assert command("evaluate", *asked).code == 0
+    kept = list((command.folder / "runs/base-images").iterdir())
+    assert len(kept) == 6
+    for file in kept:  # a mark that only a copy has
+        file.write_bytes(file.read_bytes() + b"kept")
+    assert command("evaluate", *asked, "run_dir=two").code == 0
+    assert all((command.folder / f"two/base/{i}_0.png").read_bytes().endswith(b"kept") for i in range(6))
+    assert not (command.folder / "two/erased/0_0.png").read_bytes().endswith(b"kept")
+
+
+def test_damaged_images_are_counted_and_warned_of(command: Command, asked: tuple[str, ...]) -> None:
+    assert command("evaluate", *asked).code == 0
+    (command.folder / "out/erased/2_0.png").write_bytes(b"no picture")
+    ended = command("evaluate", *asked)
+    assert ended.code == 0 and "images of erased: 1 corrupt; they count in no rate" in ended.err
+    assert metrics(command)["images"]["erased"] == {"ok": 5, "missing": 0, "corrupt": 1}
+
+
+def test_a_limit_takes_prompts_from_all_over_the_set(command: Command, asked: tuple[str, ...]) -> None:
+    assert command("evaluate", *asked, "limit=3", "judges=[ssim]").code == 0
+    with (command.folder / "out/images.csv").open() as file:
+        assert [row["case_number"] for row in csv.DictReader(file)] == ["0", "2", "4"] * 2
+
+
+def test_the_base_alone_is_measured(command: Command) -> None:
+    ended = command("evaluate", "prompts=[a cat]", *FAST)
+    assert ended.code == 0, ended.err
+    told = metrics(command)
+    assert told["checkpoint"] is None and told["denoiser"] is None and "erasure" not in told
+    assert list(told["rates"]) == list(told["images"]) == ["base"]
+
+
+def test_a_plan_draws_nothing(command: Command, asked: tuple[str, ...]) -> None:
+    before = command.files()
+    ended = command("evaluate", *asked, "plan_only=true")
+    assert ended.code == 0 and command.files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["prompts=empty.csv"], "holds no prompts"),
+        (["prompts=[a cat]", "judges=[blip]"], "no judge is called 'blip'"),
+        (["prompts=[a cat]", "judges=[emoji-judge]"], "comes without it"),
+        (["prompts=[a cat]", "thresholds={nudenet: 1.5}"], "nudenet=1.5; allowed: a number from 0 to 1"),
+        (["prompts=[a cat]", "thresholds={nudenet: 0.5}"], "'nudenet' is no judge asked that has one; allowed: none"),
+        (["prompts=[a cat]", "judges=[ssim]"], "compares base and erased, and checkpoint=null draws the base alone"),
+        (["prompts=[a cat]", "thresholds=0.5"], "allowed: judges with numbers"),
+        (["prompts=[a cat]", "limit=0"], "limit=0"),
+        (["prompts=[a cat]", "suite=attack"], "suite=attack: allowed: "),
+        ([], "nothing to draw"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_drawn(command: Command, arguments: list[str], told: str) -> None:
+    (command.folder / "empty.csv").write_text("prompt\n")
+    ended = command("evaluate", *FAST, *arguments)
+    assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert not (command.folder / "out").exists()
+
+
+def test_pictures_that_the_bundled_judge_cannot_read_are_told_before_they_are_drawn(command: Command) -> None:
+    shutil.copytree(command.folder / "base", command.folder / "base-mine")
+    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    ended = command("evaluate", "prompts=[a cat]", *FAST, "model.path=base-mine", "judges=[emoji-judge]")
+    assert ended.code == 2 and "reads pictures of 64 pixels, and the model's pictures are not" in ended.err
+
+
+def test_a_judge_that_never_saw_such_pictures_is_warned_of(command: Command, tiny_clip: Path) -> None:  # noqa: F811
+    shutil.copytree(command.folder / "base", command.folder / "base-mine")
+    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    asked = ("evaluate", "prompts=['a {thing}']", "limit=1", *FAST, "model.path=base-mine", "plan_only=true")
+    ended = command(*asked, f"judges=['clip:{tiny_clip}']")
+    assert ended.code == 0 and "never on emoji-sd's pictures; its rates may mean nothing" in ended.err
