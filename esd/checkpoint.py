@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .families.base import Denoiser
 from .lora import Lora, LowRank, peft_config
 from .storage import atomic
 from .weights import refuse_fused
@@ -65,6 +66,12 @@ class Erased:
     differences: Mapping[str, Tensor]
     provenance: dict[str, Any]
     path: Path
+
+    def identity(self) -> dict[str, Any]:
+        """What says which checkpoint was measured, ready for JSON."""
+        content = self.path.read_bytes()
+        told = {"path": str(self.path), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        return told | {"concepts": self.provenance.get("concepts")}
 
 
 @dataclass(frozen=True)
@@ -199,9 +206,7 @@ def remove(pipe: Any) -> None:
             then, and it can be called again.
     """
     denoiser = _denoiser(pipe)
-    if denoiser not in _APPLIED:
-        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
-    originals, parameters = _APPLIED[denoiser].originals, dict(denoiser.named_parameters())
+    originals, parameters = _originals(denoiser), dict(denoiser.named_parameters())
     if gone := [name for name in originals if name not in parameters]:
         raise CheckpointError(
             f"{type(denoiser).__name__} no longer has {gone[0]!r}, which erased weights are on; unload adapters "
@@ -221,6 +226,30 @@ def erased(pipe: Any, path: str | Path | Erased) -> Iterator[Any]:
         yield pipe
     finally:
         remove(pipe)
+
+
+def base_view(pipe: Any) -> Denoiser:
+    """The base under erased weights, callable like the denoiser and beside it; changes nothing, gradients flow.
+
+    The kept originals follow the denoiser from device to device. Not for a denoiser under gradient checkpointing: the
+    backward pass would compute again with the erased weights.
+
+    Args:
+        pipe: a pipeline, or a denoiser, that wears a checkpoint.
+
+    Raises:
+        CheckpointError: it wears none.
+    """
+    denoiser = _denoiser(pipe)
+    originals = dict(_originals(denoiser))
+
+    def base(*args: Any, **kwargs: Any) -> Any:
+        live = dict(denoiser.named_parameters())
+        for name, value in originals.items():
+            originals[name] = value.to(live[name].device)
+        return torch.func.functional_call(denoiser, originals, args, kwargs)
+
+    return base
 
 
 def export_official(path: str | Path | Erased, pipe: Any, out: str | Path) -> None:
@@ -260,6 +289,13 @@ def write_lora(pipe: Any, differences: LowRank, out: Path) -> None:
     with atomic(out) as staged, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}") as folder:
         pipe.save_lora_weights(folder, weight_name=out.name, **stored)
         Path(folder, out.name).replace(staged)
+
+
+def _originals(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The base's parameters under erased weights; raises CheckpointError where a denoiser wears none."""
+    if denoiser not in _APPLIED:
+        raise CheckpointError("the pipeline wears no erased weights; esd.apply(pipe, path) puts some on")
+    return _APPLIED[denoiser].originals
 
 
 def _loaded(path: str | Path | Erased) -> Erased:

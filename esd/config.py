@@ -24,6 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
+ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
 
@@ -343,16 +344,30 @@ class GenerateConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """The most that one attack may spend on one model; see `esd.evaluation.attacks.budget`."""
+
+    gradients: int | None = option(None, "rows that a backward pass goes back through", at_least=1)
+    queries: int | None = option(None, "rows that the denoiser evaluates", at_least=1)
+    seconds: float | None = option(None, "of wall-clock time", above=0)
+
+
+@dataclass
 class SuiteConfig:
     """What is measured."""
 
     name: str = option(
         "prompts",
-        "what is measured: prompts reads a checkpoint on prompts, emoji_canvas erases in turn all that it reads on",
-        one_of=("prompts", "emoji_canvas"),
+        "what is measured: prompts reads a checkpoint on prompts, emoji_canvas erases in turn all that it reads on, "
+        "attacks brings back what a checkpoint erased",
+        one_of=("prompts", "emoji_canvas", "attacks"),
     )
     things: list[str] = option([], "of the canvas; [] is all that the model knows")
     styles: list[str] = option([], "of the canvas; [] is all that the model knows")
+    attacks: list[str] = option([], f"run one after the other: {', '.join(ATTACKS)}")
+    settings: Any = option(None, "of attacks, such as suite.settings.soft_prompt.tokens=4")
+    concept: str | None = option(None, "that attacks are to bring back; null is what the checkpoint erased")
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
 
 @dataclass
@@ -374,7 +389,8 @@ class EvaluateConfig(GenerateConfig):
     )
     limit: int | None = option(
         None,
-        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all",
+        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all, and 16 prompts "
+        "where attacks find their own",
         at_least=1,
     )
     judges: list[str] = option(
@@ -391,12 +407,13 @@ class EvaluateConfig(GenerateConfig):
 
     def check(self) -> None:
         """Raises UserError for the first value that is out of its range; touches no file and no model."""
-        if self.suite.name == "emoji_canvas":
-            self.check_drawing()
-            self.check_canvas()
-        else:
+        suite = self.suite.name
+        if suite == "prompts" or (suite == "attacks" and self.prompts is not None):
             super().check()
-            self.check_no_canvas()
+        else:
+            self.check_drawing()
+        self.check_canvas() if suite == "emoji_canvas" else self.check_no_canvas()
+        self.check_attacks() if suite == "attacks" else self.check_no_attacks()
         if not isinstance(self.thresholds or {}, dict):
             raise UserError(f"thresholds={self.thresholds}; allowed: judges with numbers, thresholds={{nudenet: 0.6}}")
         for name, threshold in (self.thresholds or {}).items():
@@ -433,10 +450,35 @@ class EvaluateConfig(GenerateConfig):
             if value:
                 raise UserError(f"{name}={value} says nothing to suite={self.suite.name}; set suite=emoji_canvas")
 
+    def check_attacks(self) -> None:
+        """Raises UserError for what attacks cannot do without, or have no use for."""
+        if not self.checkpoint:
+            raise UserError("checkpoint=null: nothing to attack; give an erased.safetensors or a run directory")
+        for name, none in {"images_per_prompt": 1, "denoiser_points": 0, "base_images": None}.items():
+            if (told := getattr(self, name)) != none:
+                raise UserError(f"{name}={told} says nothing to suite=attacks; leave it out")
+        chosen, given = self.suite.attacks, self.suite.settings or {}
+        if not chosen or len(set(chosen) & set(ATTACKS)) < len(chosen):
+            raise UserError(f"suite.attacks={chosen}; allowed: one or more of {', '.join(ATTACKS)}, each once")
+        for name in given if isinstance(given, dict) else [given]:
+            if name not in ATTACKS or not isinstance(given[name] or {}, dict):
+                raise UserError(
+                    f"suite.settings: {name!r}; allowed: settings of {', '.join(ATTACKS)}, such as "
+                    "suite.settings.soft_prompt.tokens=4"
+                )
+
+    def check_no_attacks(self) -> None:
+        """Raises UserError for a setting of attacks without any."""
+        for name, value, _ in fields_of(self.suite, "suite."):
+            if value and name.split(".")[1] in ("attacks", "settings", "concept", "budget"):
+                raise UserError(f"{name}={value} says nothing to suite={self.suite.name}; set suite=attacks")
+
     def run_path(self) -> Path:
         """The run directory: as given, or named after the prompts and the checkpoint, or the canvas' method."""
         if self.suite.name == "emoji_canvas":
             return Path(self.run_dir or Path("runs", f"canvas-{self.method.name}"))
+        if self.suite.name == "attacks":
+            return Path(self.run_dir or Path("runs", "attacks-" + slug(f"{self.prompts or ''} {self.checkpoint}")))
         return Path(self.run_dir or Path("runs", "evaluate-" + slug(f"{self.prompts} {self.checkpoint or 'base'}")))
 
 

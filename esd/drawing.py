@@ -55,6 +55,13 @@ def rows_of(config: GenerateConfig) -> list[PromptRow]:
     return rows
 
 
+def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
+    """At most `limit` rows, evenly spaced over all of them, so that a set's groups all have their share."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
 def find_share(device: str) -> tuple[Share, torch.device | str]:
     """The share of this process of a launch, and the device that it draws on.
 
@@ -111,11 +118,11 @@ def plan(
 
 
 def announce_cuts(cut: dict[str, str]) -> None:
-    """Warns of prompts that are too long: the first few in words, the rest as a number; the manifest has them all."""
+    """Warns of prompts that are too long: the first few in words, the rest as a number; what is left has them all."""
     for prompt, end in list(cut.items())[:TOLD_CUTS]:
         announce(f"{prompt[:60]!r}... is too long; the text encoder does not read {end!r}", warning=True)
     if len(cut) > TOLD_CUTS:
-        announce(f"{len(cut) - TOLD_CUTS} more prompts are too long; see 'cut' in manifest.json", warning=True)
+        announce(f"{len(cut) - TOLD_CUTS} more prompts are too long; all stand under 'cut'", warning=True)
 
 
 def draw(

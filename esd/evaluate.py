@@ -14,10 +14,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
 from esd.config import EvaluateConfig
-from esd.drawing import announce, announce_drawing, draw, find_share, plan, rows_of
+from esd.drawing import announce, announce_drawing, draw, find_share, limited, plan, rows_of
 from esd.errors import UserError
+from esd.judging import answers_of, check_pictures, find_named, own_judges
 from esd.main import run_program
 from esd.model import check, load
 from esd.run import RunDirectory
@@ -40,7 +42,8 @@ def main() -> None:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Measures what `config` says; returns the exit code."""
-    return {"prompts": evaluate_prompts, "emoji_canvas": evaluate_canvas}[config.suite.name](config)
+    suites = {"prompts": evaluate_prompts, "emoji_canvas": evaluate_canvas, "attacks": evaluate_attacks}
+    return suites[config.suite.name](config)
 
 
 def evaluate_prompts(config: EvaluateConfig) -> int:
@@ -80,13 +83,6 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
     return 0
 
 
-def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
-    """At most `limit` rows, evenly spaced over all of them, so that a set's groups all have their share."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
 def find_judges(
     config: EvaluateConfig, rows: list[PromptRow], vocabulary: Vocabulary | None, device: Any, *, pairs: bool
 ) -> tuple[list[Judge], list[PairJudge]]:
@@ -96,53 +92,28 @@ def find_judges(
         UserError: see `esd.evaluation.judges_by_name.find`; or pictures are to be compared with none, or a judge reads
             what no prompt says.
     """
-    import transformers
+    from esd.evaluation.judges import PairJudge, PromptJudge
 
-    from esd.evaluation.judges import EMOJI, PHOTOS, PairJudge, PromptJudge, load_judge
-    from esd.evaluation.judges_by_name import find
-
-    transformers.utils.logging.disable_progress_bar()  # loading takes a second
-    own = ["emoji-judge", "emoji-clip"] if vocabulary and load_judge(config.model.path) else []
-    names = list(dict.fromkeys(config.judges or [*own, *(["ssim"] if pairs else [])]))
-    labels: dict[str, dict[str, None]] = {}
-    for row in rows:
-        for name, value in row.labels.items():
-            labels.setdefault(name, {})[value] = None
-    answers = {name: list(values) for name, values in labels.items()}
+    names = list(dict.fromkeys(config.judges or [*own_judges(config, vocabulary), *(["ssim"] if pairs else [])]))
     judges: list[Judge] = []
     pair_judges: list[PairJudge] = []
-    for name in names:
-        judge = find(name, model=config.model.path, vocabulary=vocabulary, labels=answers, device=device)
+    answers = answers_of(rows)
+    for judge in find_named(names, config, rows, vocabulary, device):
         if isinstance(judge, PairJudge):
             pair_judges.append(judge)
-            continue
-        if not {*judge.unsure, *answers} & {*judge.questions} and not isinstance(judge, PromptJudge):
+        elif {*judge.unsure, *answers} & {*judge.questions} or isinstance(judge, PromptJudge):
+            judges.append(judge)
+        else:
             raise UserError(
-                f"judges: {name} reads {', '.join(judge.questions)}, and no prompt has such a label to hold it against "
-                f"(labels: {', '.join(answers) or 'none'}); add a column of that name, or leave the judge out"
+                f"judges: {judge.name} reads {', '.join(judge.questions)}, and no prompt has such a label to hold it "
+                f"against (labels: {', '.join(answers) or 'none'}); add a column of that name, or leave the judge out"
             )
-        judges.append(judge)
-        pictures = EMOJI if own else PHOTOS
-        if judge.validated != pictures:
-            told = f"{name} was validated on {judge.validated}, never on {pictures}; its rates may mean nothing"
-            announce(told, warning=True)
     if pair_judges and not pairs:
         raise UserError(
             f"judges: {pair_judges[0].name} compares base and erased, and checkpoint=null draws the base alone; leave "
             "it out, or give a checkpoint"
         )
     return judges, pair_judges
-
-
-def check_pictures(judges: list[Judge], rows: list[PromptRow], family: Family) -> None:
-    """Raises UserError where a judge would get pictures of a size that it does not read."""
-    for judge in judges:
-        if (size := judge.size) is None:
-            continue
-        odd = next((row for row in rows if (row.height or size, row.width or size) != (size, size)), None)
-        if odd or family.latent_shape(size) != family.sample_shape:
-            which = f"case_number {odd.case_number} is" if odd else "the model's pictures are"
-            raise UserError(f"judges: {judge.name} reads pictures of {size} pixels, and {which} not; leave it out")
 
 
 def missing_images(plans: dict[str, Manifest]) -> int:
@@ -175,7 +146,7 @@ def measure(
     metrics: dict[str, Any] = {
         "suite": config.suite.name,
         "base": plans["base"].base,
-        "checkpoint": identity(found) if found else None,
+        "checkpoint": found.identity() if found else None,
         "judges": facts,
         "images": table.states(rows),
         "rates": table.rates(rows, facts),
@@ -187,15 +158,6 @@ def measure(
     took["seconds"]["judging"] = time.monotonic() - start
     write_json(run / "metrics.json", metrics | took | {"peak_gib": peak_gib(family)})
     tell(metrics)
-
-
-def identity(found: Erased) -> dict[str, Any]:
-    """What says which checkpoint was measured."""
-    import hashlib
-
-    content = found.path.read_bytes()
-    told = {"path": str(found.path), "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    return told | {"concepts": found.provenance.get("concepts")}
 
 
 def compare(

@@ -24,6 +24,7 @@ from .errors import UserError
 from .families.base import Conditioning, Denoiser, Family
 
 TimeRule = Literal["visited", "index", "compvis", "alt"]
+Edit = Callable[[Any, int, Tensor], Tensor]  # (solver, steps taken, x) -> x to go on with
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def rollout(
     skip: int = 0,
     generators: list[torch.Generator] | None = None,
     max_batch: int | None = None,
+    edit: Edit | None = None,
 ) -> Trajectory:
     """Samples from x_T under guidance as the stock pipeline does, and keeps what it passed through.
 
@@ -84,6 +86,8 @@ def rollout(
         generators: one per sample, for schedulers that add noise; None draws that noise from torch's global
             generator.
         max_batch: most rows in one call of the denoiser; None for no limit.
+        edit: called before each step, and once after the last, with the solver, the number of steps taken and the
+            latents x (b, c, h, w) as the solver has them; returns the latents to go on with.
 
     Raises:
         ValueError: keep="all" with unequal stops, or a stop out of range.
@@ -100,7 +104,7 @@ def rollout(
     takes_noise = generators is not None and "generator" in inspect.signature(solver.step).parameters
     visits = _walk(
         family, denoiser, solver, family.first_latents(solver, x_T), times_left, stops, conditionings,
-        guidance_scale, {"generator": generators} if takes_noise else {}, max_batch,
+        guidance_scale, {"generator": generators} if takes_noise else {}, max_batch, edit,
     )  # fmt: skip
     if keep == "last":
         x, x_in, t_last = x_T.clone(), x_T.clone(), torch.zeros(len(x_T), device=x_T.device)
@@ -144,6 +148,7 @@ def _walk(
     guidance_scale: float,
     noise: dict[str, Any],
     max_batch: int | None,
+    edit: Edit | None,
 ) -> Iterator[_Visit]:
     """Every point up to the last stop; the final one carries no predictions.
 
@@ -151,6 +156,7 @@ def _walk(
     state for the whole batch.
     """
     for i, t in enumerate(timesteps):
+        x = edit(solver, i, x) if edit else x
         x_in = family.model_input(solver, x, t)
         rows = torch.nonzero(stops > i).flatten().to(x.device)
         if not len(rows):
@@ -161,6 +167,7 @@ def _walk(
         mixed = parts[0] + guidance_scale * (parts[1] - parts[0]) if len(parts) == 2 else parts[0]
         prediction = torch.zeros_like(x).index_copy(0, rows, mixed)
         x = solver.step(prediction, t, x, return_dict=False, **noise)[0]
+    x = edit(solver, len(timesteps), x) if edit else x
     yield _Visit(len(timesteps), x, x, timesteps.new_zeros(()), [])
 
 

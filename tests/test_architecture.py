@@ -22,7 +22,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("families", "weights", "lora", "float8"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress"),
     3: ("plan", "trainer", "description", "memory", "evaluation"),
-    4: ("config", "run", "model", "main", "drawing", "train", "generate", "evaluate", "canvas", "files", "cli"),
+    4: (
+        *("config", "run", "model", "main", "drawing", "judging"),
+        *("train", "generate", "evaluate", "canvas", "attacks", "files", "cli"),
+    ),
 }
 PROGRAMS = ("train", "generate", "evaluate", "files", "cli")
 EDGE = max(FLOORS)

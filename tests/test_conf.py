@@ -18,7 +18,12 @@ from esd.objectives import Objective
 
 SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}
 OF_EVALUATE = ("suite", "method")  # groups that only evaluate knows
-NEEDED = {"suite=emoji_canvas": ["method=esd_u"], "suite=prompts": ["prompts=[a cat]"]}
+NEEDED = {
+    "suite=emoji_canvas": ["method=esd_u"],
+    "suite=prompts": ["prompts=[a cat]"],
+    "suite=attacks": ["checkpoint=runs/cat"],
+    "suite=attacks_published": ["checkpoint=runs/cat"],
+}
 FILES = sorted(conf_dir().rglob("*.yaml"))
 ROOT = Path(__file__).parents[1]
 GROUPED = [path for path in FILES if path.parent != conf_dir()]

@@ -54,6 +54,26 @@ def test_stochastic_samplers_draw_what_the_stock_pipeline_draws(tiny_family: Fam
     torch.testing.assert_close(path.final, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "pndm", "heun"])
+def test_an_edit_sees_every_step_and_what_it_returns_goes_on(tiny_family: Family, scheduler: str) -> None:
+    x, seen = tiny_family.initial_noise(generators(1, 2)), list[int]()
+
+    def note(solver: Any, taken: int, latents: Tensor) -> Tensor:
+        seen.append(taken)
+        return latents
+
+    path = roll(tiny_family, x, PROMPTS[:2], scheduler=scheduler, edit=note)
+    assert seen == list(range(len(path.latents) + 1))
+    assert torch.equal(path.final, roll(tiny_family, x, PROMPTS[:2], scheduler=scheduler).final)
+    other = tiny_family.initial_noise(generators(3, 4))
+
+    def swap(solver: Any, taken: int, latents: Tensor) -> Tensor:
+        return tiny_family.first_latents(solver, other) if taken == 0 else latents
+
+    swapped = roll(tiny_family, x, PROMPTS[:2], scheduler=scheduler, edit=swap)
+    assert torch.equal(swapped.final, roll(tiny_family, other, PROMPTS[:2], scheduler=scheduler).final)
+
+
 def test_latents_need_not_be_square(tiny_family: Family) -> None:
     x = seeding.normal(generators(1, 2), (4, 8, 16))
     expected = stock_latents(tiny_family, "euler", PROMPTS[:2], guidance_scale=3.0, latents=x)

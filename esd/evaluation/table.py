@@ -206,9 +206,12 @@ def _shows(row: Row, column: str, least: float, label: str | None) -> bool:
     name = row.get(column, "")
     if float(row[f"{column}.p"]) < least:
         return False
-    if label is None:
-        return bool(name)
-    return label.strip().casefold() in {word.strip().casefold() for word in (name, *name.split(","))}
+    return bool(name) if label is None else agrees(name, label)
+
+
+def agrees(answer: str, label: str) -> bool:
+    """Whether a judge's answer is a label, or has it among its words for one thing, as in "tabby, tabby cat"."""
+    return label.strip().casefold() in {word.strip().casefold() for word in (answer, *answer.split(","))}
 
 
 def _rate(hits: Sequence[bool]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ modules only) and train-scripts/train-esd.py at a2189e9 (the 2023 rules: by para
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import diffusers
@@ -87,6 +89,55 @@ class UNetFamily(DiffusionFamily):
     def parameter_infos(self) -> list[ParameterInfo]:
         """The role of every UNet parameter, in the model's order."""
         return parameter_infos(self.denoiser)
+
+    def embedding_tables(self) -> list[nn.Embedding]:
+        """The table of token embeddings of each text encoder."""
+        return [encoder.get_input_embeddings() for encoder in self.modules("encoders")]
+
+    def unused_word(self, prompts: Sequence[str]) -> str:
+        """A word of letters that each tokenizer knows as one token, which no prompt has.
+
+        Raises:
+            UserError: the vocabulary has none.
+        """
+        used = {number for words in self._tokenizers() for text in prompts for number in words(text).input_ids}
+        first = self._tokenizers()[0]
+        for token in sorted(first.get_vocab()):
+            word = token.removesuffix("</w>")
+            if len(word) > 1 and re.fullmatch("[a-z]+</w>", token):
+                numbers = [words(word, add_special_tokens=False).input_ids for words in self._tokenizers()]
+                if all(len(one) == 1 and one[0] not in used for one in numbers):
+                    return word
+        raise UserError("the prompts use every whole word that the tokenizer knows; give fewer prompts")
+
+    def encode_with(self, prompts: Sequence[str], word: str, embeddings: Sequence[Tensor]) -> Conditioning:
+        """Conditioning (len(prompts), ...) with other embeddings for one word; gradients flow to them.
+
+        The encoders' tables are not touched, and nothing is kept: `encode` gives what it gave before.
+
+        Args:
+            prompts: texts that hold the word, which is one token of each tokenizer.
+            word: see `unused_word`.
+            embeddings: (d,) for each text encoder, in the order of `encoder_names`.
+        """
+
+        def instead(number: int, embedding: Tensor) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+                return torch.where((args[0] == number)[..., None], embedding.to(output), output)
+
+            return hook
+
+        tables = self.embedding_tables()
+        with ExitStack() as hooks:
+            for words, table, embedding in zip(self._tokenizers(), tables, embeddings, strict=True):
+                (number,) = words(word, add_special_tokens=False).input_ids
+                hooks.callback(table.register_forward_hook(instead(number, embedding)).remove)
+            rows = [self._encode(prompt, tables[0].weight.device) for prompt in prompts]
+        return Conditioning.cat(rows).to(self.device, self.dtype)
+
+    def _tokenizers(self) -> list[Any]:
+        """One for each text encoder."""
+        return [getattr(self.pipe, name.replace("text_encoder", "tokenizer")) for name in self.encoder_names]
 
 
 class StableDiffusion(UNetFamily):
