@@ -24,10 +24,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: ("plan", "trainer", "description", "memory", "evaluation"),
     4: (
         *("config", "run", "model", "main", "drawing", "judging"),
-        *("train", "generate", "evaluate", "canvas", "attacks", "files", "cli"),
+        *("train", "generate", "evaluate", "canvas", "attacks", "report", "compare", "files", "cli"),
     ),
 }
-PROGRAMS = ("train", "generate", "evaluate", "files", "cli")
+PROGRAMS = ("train", "generate", "evaluate", "report", "compare", "files", "cli")
 EDGE = max(FLOORS)
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
