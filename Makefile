@@ -30,10 +30,11 @@ $(STAMP): pyproject.toml constraints.txt
 venv: $(STAMP) ## make .venv with the pinned dependencies and this package in it
 
 .PHONY: demo
-demo: $(STAMP) ## erase the cat from the bundled model into runs/demo; print the rates and where the picture is
+demo: $(STAMP) ## erase the cat from the bundled model into runs/demo; print the rates and where the report is
 	$(BIN)/python -m esd.train experiment=erase_thing 'concepts=[cat]' run_dir=runs/demo
 	@[ -e $(OFFICIAL) ] || $(BIN)/python -m esd.files export runs/demo --format official --out $(OFFICIAL)
-	@$(BIN)/python scripts/rates.py runs/demo
+	@$(BIN)/python -m esd.compare runs/demo
+	@$(BIN)/python -m esd.report runs/demo --out runs/demo/report.html
 
 .PHONY: test
 test: $(STAMP) ## style, types and the quick tests

@@ -107,6 +107,11 @@ class WeightsConfig:
     kind: str = option("full", "full trains the selected weights, lora an adapter beside them", one_of=("full", "lora"))
     rank: int | None = option(None, "of the adapter's products, such as 16; for lora", at_least=1)
     alpha: float | None = option(None, "the products are scaled by alpha / rank; null is the rank; for lora", above=0)
+    frozen: str | None = option(
+        None,
+        "how the frozen weights are stored: null is as model.precision has them, float8 a byte for each; for lora",
+        one_of=("float8",),
+    )
     masters: bool = option(
         True, "learn in float32 over a bfloat16 base; false learns in bfloat16, as upstream, and loses small steps"
     )
@@ -489,7 +494,7 @@ def check_prompts(prompts: Any) -> str | list[Any]:
 
 def check_weights(weights: WeightsConfig) -> None:
     """Raises UserError for an adapter's setting without an adapter, or an adapter without a rank."""
-    given = [name for name in ("rank", "alpha") if getattr(weights, name) is not None]
+    given = [name for name in ("rank", "alpha", "frozen") if getattr(weights, name) is not None]
     if weights.kind == "full" and given:
         raise UserError(
             f"weights.{given[0]}={getattr(weights, given[0])} says nothing about weights=full; set weights=lora, or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from esd import lora
+from esd import float8, lora
 from esd.families import Family
 from esd.lora import Lora
 from esd.plan import TrainPlan
@@ -39,6 +39,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         "base": f"{family.base_name}{revision} ({family.name}, predicts {family.prediction_type})",
         "train": selection,
         "adapter": plan.lora and adapter(family, chosen.names, plan.lora),
+        "frozen": plan.frozen and f"{len(float8.linears(family.denoiser))} matrices stored in {plan.frozen}",
         "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
         "from": listed(plan.erase_from),
         "preserve": preserving

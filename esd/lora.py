@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import seeding
+from . import float8, seeding
 from .errors import UserError
 from .weights import Views
 
@@ -160,9 +160,9 @@ class LoraViews(Views):
 
     @property
     def base(self) -> dict[str, Tensor]:  # type: ignore[override]  # they are in the module: no copies
-        """The weights that the adapter stands beside, which do not move."""
-        parameters = dict(self.student.named_parameters())
-        return {name: parameters[f"{layer_of(name)}.base_layer.weight"].detach() for name in self.names}
+        """The weights that the adapter stands beside, which do not move; not as float8 where they are stored so."""
+        layers = dict(self.student.named_modules())
+        return {name: float8.whole(layers[f"{layer_of(name)}.base_layer"]) for name in self.names}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The factors, float32, A before B, in the order selected."""

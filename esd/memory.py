@@ -19,10 +19,11 @@ Source: ours; counting storages under fake tensors is how torch.distributed._too
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from esd import objectives
+from esd import float8, objectives
 from esd.families import Conditioning, Family
 from esd.plan import TrainPlan
 from esd.trainer import LEAST_8BIT, make_views
@@ -50,10 +51,12 @@ class Phase:
     Attributes:
         name: of the phase.
         parts: bytes by what they are.
+        mends: settings that would make it smaller.
     """
 
     name: str
     parts: Mapping[str, int]
+    mends: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -76,7 +79,7 @@ class Memory:
         """The phase that takes most."""
         return max(self.phases, key=lambda phase: phase.total)
 
-    def verdict(self, card: float | None, plan: TrainPlan, family: Family) -> str:
+    def verdict(self, card: float | None) -> str:
         """Which phase is the largest, and whether a card of so many GB has room for it; None for no card."""
         most = self.largest
         peak = f"at most {amount(most.total)}, in the phase {most.name!r}"
@@ -85,29 +88,10 @@ class Memory:
         if most.total / GB + RESERVE <= card:
             return f"{peak}; fits {card:g} GB"
         over = [phase for phase in self.phases if phase.total / GB + RESERVE > card]
-        mends = dict.fromkeys(mend for phase in over for mend in smaller(phase.name, plan, family))
+        mends = dict.fromkeys(mend for phase in over for mend in phase.mends)
         return f"{peak}; does not fit {card:g} GB, of which {RESERVE:g} is the device's own; " + (
             f"smaller with {', '.join(mends)}" if mends else "no setting makes it smaller"
         )
-
-
-def smaller(phase: str, plan: TrainPlan, family: Family) -> list[str]:
-    """The settings that would make a phase smaller than this plan has it."""
-    wide = family.dtype == torch.float32
-    mends = [
-        (wide, "model.precision=bfloat16"),
-        (phase == "train" and not plan.gradient_checkpointing, "training.gradient_checkpointing=true"),
-        (phase == "train" and plan.batch_size > 1, "a smaller training.batch_size with training.gradient_accumulation"),
-        (phase in ("sample", "train") and plan.lora is None, "weights=lora"),
-        (phase in ("sample", "train") and plan.lora is None, "a narrower selection"),
-        (phase == "sample" and (plan.staleness or 1) > 1, "a smaller trajectory.staleness"),
-        (phase == "sample" and plan.sampling.max_batch > 2, "a smaller trajectory.max_batch"),
-        (phase in ("sample", "train") and plan.optimizer == "adam", "training.optimizer=adam8bit"),
-        (phase in ("sample", "train") and plan.rollouts > 1, "fewer trajectory.rollouts"),
-        (phase in ("sample", "train"), "a smaller trajectory.size"),
-        (phase == "draw", "a smaller evaluation.batch_size"),
-    ]
-    return [mend for applies, mend in mends if applies]
 
 
 def measure(
@@ -127,7 +111,8 @@ def measure(
         plan: what is trained.
         cond: of one prompt, for its shapes.
         mixed_precision: of autocast, "no", "bf16" or "fp16".
-        processes: that share an update; more than one hold gradients twice, for DDP sends them in buckets.
+        processes: that share an update; more than one hold as many bytes again as the gradients take, in the buckets
+            that DDP sends them in.
         images: pictures drawn in one call afterwards, 0 for none.
         guidance_scale: of these pictures.
     """
@@ -141,37 +126,84 @@ def measure(
     asking = plan.batch_size * (plan.staleness or 1) * max(rows, 3 if plan.erase_from else 2)
     sampled = min(asked, asking if not plan.rollouts else rows * plan.rollouts if free else asked)
     with _stand_in(family, plan, names, cond, mixed_precision) as model:
-        trained = sum(map(_size, model.views.parameters()))
+        parameters = model.views.parameters()
+        trained = sum(map(_size, parameters))
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
         passing = model.passing(sampled, latents)
         learning = model.learning(plan, latents) - trained
         drawing = model.passing(images * (2 if guided and guidance_scale > 1 else 1), family.latent_shape())
-    denoiser = weights(family.denoiser)
-    selected = 0 if plan.lora else copies
+    denoiser, gradients = weights(family.denoiser), trained
+    # pictures are of erased weights, which float8 would round away: those selected are drawn with as they are
+    frozen, drawn = float8.spared(family.denoiser), float8.spared(family.denoiser, but=names)
     stay = {
-        "frozen weights": denoiser - selected,
+        "frozen weights": denoiser - (0 if plan.lora else copies) - (frozen if plan.frozen else 0),
         "trained weights": trained,
         "their base": copies,
-        "Adam's moments": moments(plan, model.views.parameters()),
+        "Adam's moments": moments(plan, parameters),
+        "DDP's buckets": gradients if processes > 1 else 0,
     }
     kept, making = points(family, plan, cond)
     keeps_gradients = plan.rollouts == 0 and plan.gradient_accumulation > 1
-    gradients = trained * (2 if processes > 1 else 1)
-    return Memory(
-        (
-            Phase("encode", {"text encoders": sum(map(weights, family.modules("encoders")))}),
-            Phase(
-                "sample",
-                {**stay, "gradients": gradients * keeps_gradients, "activations": passing, "points": making},
-            ),
-            Phase(
-                "train",
-                # Adam's step makes one more copy of the moments' roots, when the activations are gone
-                {**stay, "gradients": gradients, "activations": max(learning, trained), "points": kept},
-            ),
-            *([Phase("draw", _largest_part(family, denoiser, drawing, images))] if images else []),
-        )
+    parts = {
+        "encode": {"text encoders": sum(map(weights, family.modules("encoders")))},
+        "sample": {**stay, "gradients": gradients * keeps_gradients, "activations": passing, "points": making},
+        # Adam's step makes one more copy of the moments' roots, when the activations are gone
+        "train": {**stay, "gradients": gradients, "activations": max(learning, trained), "points": kept},
+    }
+    if images:
+        parts["draw"] = _largest_part(family, denoiser - (drawn if plan.frozen else 0), drawing, images)
+    eight = moments(plan, parameters) - moments(dataclasses.replace(plan, optimizer="adam8bit"), parameters)
+    spares = {"Adam's moments": eight} | ({} if plan.frozen else {"frozen weights": frozen, "denoiser": drawn})
+    phases = [Phase(*phase, _mends(*phase, plan, family, spares, sampled, images)) for phase in parts.items()]
+    return Memory(tuple(phases))
+
+
+def _mends(
+    name: str,
+    parts: Mapping[str, int],
+    plan: TrainPlan,
+    family: Family,
+    spares: Mapping[str, int],
+    sampled: int,
+    images: int,
+) -> tuple[str, ...]:
+    """The settings that would make a phase smaller by more than a fiftieth.
+
+    Args:
+        name: of the phase.
+        parts: of it.
+        plan: as it is.
+        family: of the model.
+        spares: bytes that fewer bits of a part would spare: float8 of weights, 8 of Adam's moments.
+        sampled: most rows in a call of the sampler.
+        images: pictures drawn in one call.
+    """
+    least = sum(parts.values()) / 50
+
+    def much(*of: str) -> bool:
+        return sum(parts.get(part, 0) for part in of) > least
+
+    samples, trains, makes = name == "sample", name == "train", much("activations")
+    full = plan.lora is None and much("trained weights", "their base", "Adam's moments", "gradients")
+    narrow, eight = (
+        any(part in parts and spares.get(part, 0) > least for part in among)
+        for among in (("frozen weights", "denoiser"), ("Adam's moments",))
     )
+    offers = [
+        (family.dtype == torch.float32, "model.precision=bfloat16"),
+        (trains and makes and not plan.gradient_checkpointing, "training.gradient_checkpointing=true"),
+        (trains and makes and plan.batch_size > 1, "a smaller training.batch_size with training.gradient_accumulation"),
+        (full, "weights=lora"),
+        (full, "a narrower selection"),
+        (narrow, "weights.frozen=float8" if plan.lora else "weights=lora weights.frozen=float8"),
+        (eight, "training.optimizer=adam8bit"),
+        (samples and makes and sampled > 2, "a smaller trajectory.max_batch"),
+        (samples and much("points") and (plan.staleness or 1) > 1, "a smaller trajectory.staleness"),
+        (much("points") and plan.rollouts > 1, "fewer trajectory.rollouts"),
+        ((samples or trains) and much("activations", "points"), "a smaller trajectory.size"),
+        (name == "draw" and makes and images > 1, "a smaller evaluation.batch_size"),
+    ]
+    return tuple(mend for helps, mend in offers if helps)
 
 
 def _largest_part(family: Family, denoiser: int, activations: int, images: int) -> dict[str, int]:
@@ -304,18 +336,19 @@ def _stand_in(
     """The family's denoiser out of fake tensors, as the plan trains it; they are fake only inside the block."""
     precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     student = _twin(family.denoiser, family.dtype)
-    views = make_views(student, names, plan)
-    if plan.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    with FakeTensorMode():
-        _make_fake(student)
-        told = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in cond.tensors.items()}
-        yield StandIn(
-            family,
-            views,
-            Conditioning(told),
-            lambda: torch.autocast("cpu", precision, enabled=mixed_precision != "no"),
-        )
+    with float8.stored(student) if plan.frozen else nullcontext():
+        views = make_views(student, names, plan)
+        if plan.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        with FakeTensorMode():
+            _make_fake(student)
+            told = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in cond.tensors.items()}
+            yield StandIn(
+                family,
+                views,
+                Conditioning(told),
+                lambda: torch.autocast("cpu", precision, enabled=mixed_precision != "no"),
+            )
 
 
 def decoder(family: Family, images: int) -> int:

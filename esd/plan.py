@@ -25,6 +25,7 @@ class TrainPlan:
         preserve_weight: of that term.
         selection: expression for the trained parameters.
         lora: train an adapter beside them; None trains them themselves.
+        frozen: "float8" stores the weights beside which an adapter is trained in a byte each; None as they are.
         masters: learn in float32 whatever the base's precision; False learns in the base's own.
         objective: anchor, eta, weighting.
         sampling: how x_t is drawn.
@@ -48,7 +49,8 @@ class TrainPlan:
 
     Raises:
         UserError: prompts to erase from without the anchor "erase_from", or the other way round; the student as
-            sampler without a staleness, or the other way round; a prompt is both trained on and preserved.
+            sampler without a staleness, or the other way round; a prompt is both trained on and preserved; frozen
+            weights in float8 without an adapter.
     """
 
     concepts: tuple[str, ...]
@@ -58,6 +60,7 @@ class TrainPlan:
     preserve_weight: float
     selection: str
     lora: Lora | None
+    frozen: Literal["float8"] | None
     masters: bool
     objective: Objective
     sampling: Sampling
@@ -91,6 +94,11 @@ class TrainPlan:
             raise UserError(
                 f"sampler={self.sampler} with staleness={self.staleness}; points drawn by the student and a staleness, "
                 "such as 1, go together"
+            )
+        if self.frozen and self.lora is None:
+            raise UserError(
+                f"frozen={self.frozen} without an adapter: weights that are trained are not frozen; give a Lora, or "
+                "leave it out"
             )
         if both := set(self.erase_from or self.prompts) & set(self.preserve):
             raise UserError(

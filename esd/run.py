@@ -30,19 +30,11 @@ import yaml
 from esd.config import TrackerConfig, slug
 from esd.errors import UserError
 
-# Settings that change neither the images nor the weights a run makes, or that are compared on their own.
+# Settings that change neither the images nor the weights a run makes, or that are compared on their own, as the number
+# of processes is with the training state.
 NEUTRAL = (
-    "plan_only",
-    "device",
-    "device_memory",
-    "run_dir",
-    "tracker",
-    "evaluation",
-    "batch_size",
-    "base_images",
-    "judges",
-    "thresholds",
-    "denoiser_points",
+    *("plan_only", "device", "device_memory", "run_dir", "tracker", "evaluation", "batch_size"),
+    *("training.save_every", "training.processes", "base_images", "judges", "thresholds", "denoiser_points"),
 )
 LOCK = ".lock"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
@@ -183,13 +175,13 @@ def _typed() -> list[str]:
 
 
 def _difference(name: str, here: Any, now: Any) -> str:
-    """`objective.eta=2.0 there, 1.0 here` for the first setting that differs; empty where none does.
+    """`objective.eta=2.0 there, 1.0 here` for the first setting that differs and is not neutral; empty where none does.
 
     A setting that is null is as good as one that an older run did not know.
     """
     if isinstance(here, dict) and isinstance(now, dict):
-        parts = (_difference(f"{name}.{key}", here.get(key), now.get(key)) for key in now | here)
-        return next(filter(None, parts), "")
+        keys = [key for key in now | here if f"{name}.{key}" not in NEUTRAL]
+        return next(filter(None, (_difference(f"{name}.{key}", here.get(key), now.get(key)) for key in keys)), "")
     return "" if here == now else f"{name}={here} there, {now} here"
 
 

@@ -33,7 +33,7 @@ def train(config: TrainConfig) -> int:
     run = RunDirectory(config.run_path(), config)
     tracker = tracker_arguments(config.tracker, run.path)
     check(config.model)
-    check_launch(config.training.processes)
+    check_launch(None if elsewhere(config) else config.training.processes)
     from esd import selection
     from esd.description import describe
     from esd.evaluation.judges import load_judge
@@ -48,14 +48,15 @@ def train(config: TrainConfig) -> int:
     family = load(config.model, accelerator.device)
     if config.training.channels_last:
         family.channels_last()
-    accelerator.print(describe(family, plan, accelerator.num_processes), flush=True)
+    processes = config.training.processes or accelerator.num_processes
+    accelerator.print(describe(family, plan, processes), flush=True)
     check_evaluation(judge, family, config.evaluation)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
         accelerator.print(
             f"warning: the text encoder has never seen {word!r}; it may not know what to erase",
             file=sys.stderr,
         )
-    for line in memory_lines(config, family, plan, accelerator):
+    for line in memory_lines(config, family, plan, accelerator.device, processes):
         accelerator.print(f"memory     {line}", flush=True)
     if config.plan_only:
         accelerator.print(f"results    would go to {run.path}; plan_only=true, so nothing was trained")
@@ -64,6 +65,11 @@ def train(config: TrainConfig) -> int:
     with run.claimed(main=accelerator.is_main_process):
         accelerator.wait_for_everyone()
         return finish(config, family, plan, run, accelerator, vocabulary, judge)
+
+
+def elsewhere(config: TrainConfig) -> bool:
+    """Whether this is a plan for a card that need not be here, so that nothing works on a device."""
+    return config.plan_only and config.device_memory is not None
 
 
 def check_launch(asked: int | None) -> None:
@@ -88,12 +94,13 @@ def check_launch(asked: int | None) -> None:
         if os.environ.get(kind, "false").lower() in ("true", "1"):
             raise UserError(
                 f"accelerate was configured for {name}, which cuts weights into pieces that student and teacher cannot "
-                "share; launch without it, one whole model to a card (accelerate launch --multi_gpu), and where a card "
-                "is too small set weights=lora with training.gradient_checkpointing=true"
+                "share; launch without it, one whole model to a card (accelerate launch --num_processes 2 -m esd.train "
+                "...), and where a card is too small set weights=lora weights.frozen=float8 with "
+                "training.gradient_checkpointing=true"
             )
 
 
-def memory_lines(config: TrainConfig, family: Family, plan: TrainPlan, accelerator: Any) -> list[str]:
+def memory_lines(config: TrainConfig, family: Family, plan: TrainPlan, device: Any, processes: int) -> list[str]:
     """What the run takes of the device: every phase where only the plan is asked for, else the peak of a card.
 
     Nothing is said of a run on the CPU: to find out takes seconds, in which a small run would be half done.
@@ -103,20 +110,20 @@ def memory_lines(config: TrainConfig, family: Family, plan: TrainPlan, accelerat
     from esd import memory
 
     card = config.device_memory
-    if card is None and accelerator.device.type == "cuda":
-        card = torch.cuda.get_device_properties(accelerator.device).total_memory / memory.GB
+    if card is None and device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).total_memory / memory.GB
     if card is None and not config.plan_only:
         return []
     found = memory.measure(
         family,
         plan,
         family.encode(plan.prompts[:1]),
-        mixed_precision=accelerator.mixed_precision,
-        processes=accelerator.num_processes,
+        mixed_precision=mixed_precision(config, launched()),
+        processes=processes,
         images=config.evaluation.batch_size,
         guidance_scale=config.evaluation.guidance_scale,
     )
-    told = found.verdict(card, plan, family)
+    told = found.verdict(card)
     return [*map(str, found.phases), told] if config.plan_only else [told]
 
 
@@ -131,7 +138,9 @@ def finish(
 ) -> int:
     """Trains and measures, each unless that is done; returns the exit code."""
     import shutil
+    from contextlib import nullcontext
 
+    from esd import float8
     from esd.checkpoint import FILE_NAME
 
     trained = (run / FILE_NAME).is_file()
@@ -146,7 +155,11 @@ def finish(
         if trained and missing:
             print(f"trained already; measuring, for {missing}")
         if missing:
-            with family.drawing() as pipe:
+            selected = family.select(plan.selection).names  # erased weights are put on these, finer than float8 is
+            with (
+                float8.stored(family.denoiser, but=selected) if plan.frozen else nullcontext(),
+                family.drawing() as pipe,
+            ):
                 measure(config, pipe, vocabulary, judge, run, facts)
     accelerator.print(f"results are in {run.path}: {FILE_NAME}, summary.json, preview.png, metrics.jsonl")
     return 0
@@ -271,7 +284,7 @@ def make_accelerator(config: TrainConfig, tracker: dict[str, Any]) -> Any:
     """The Accelerator for a device and a precision.
 
     Raises:
-        UserError: the machine has no such device, or fp16 is asked of one that is no CUDA card.
+        UserError: the machine has no such device, or it is asked for fp16 or float8 and knows none.
     """
     import os
 
@@ -281,16 +294,34 @@ def make_accelerator(config: TrainConfig, tracker: dict[str, Any]) -> Any:
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # jobs of a sweep may differ in device and precision
-    kind = find_device(config.device)
-    mixed = mixed_precision(config, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    if elsewhere(config):
+        return Accelerator(mixed_precision="no", cpu=True, **tracker)
+    kind, mixed = find_device(config.device), mixed_precision(config, launched())
     if mixed == "fp16" and not kind.startswith("cuda"):
+        settings = {
+            "model.precision": config.model.precision,
+            "training.mixed_precision": config.training.mixed_precision,
+        }
+        told = " ".join(f"{name}={value}" for name, value in settings.items() if value in ("float16", "fp16"))
         raise UserError(
-            f"training.mixed_precision=fp16 on {kind}: its gradients are scaled on CUDA cards only; allowed: bf16 with "
-            "model.precision=bfloat16, or no with model.precision=float32"
+            f"{told or 'accelerate launch --mixed_precision fp16'} on {kind}: gradients in fp16 are scaled on CUDA "
+            "cards only; allowed here: bf16 with model.precision=bfloat16, or no with model.precision=float32; "
+            "plan_only=true device_memory=24 plans it for a card of 24 GB"
+        )
+    if config.weights.frozen and kind == "mps":
+        raise UserError(
+            f"weights.frozen={config.weights.frozen} on mps, which knows no float8; leave it out, or set device=cpu"
         )
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
     return Accelerator(mixed_precision=mixed, cpu=config.device == "cpu", **tracker)
+
+
+def launched() -> str:
+    """The autocast that `accelerate launch` was told."""
+    import os
+
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def mixed_precision(config: TrainConfig, launched: str) -> str:
@@ -321,7 +352,7 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     import dataclasses
 
     from esd.evaluation.prompts import say
-    from esd.evaluation.vocabulary import expand_prompts, in_turns
+    from esd.evaluation.vocabulary import expand_prompts, in_turns, spared_prompts
     from esd.lora import Lora
     from esd.objectives import Objective
     from esd.plan import TrainPlan
@@ -337,7 +368,8 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
     erased = vocabulary.targets(config.concepts, config.erase_from) if vocabulary else []
     path: Any = config.trajectory  # its strings have been checked to be the literals asked for
     staleness = path.staleness or (STALENESS if path.rollouts else 1)
-    weights, training = config.weights, dataclasses.asdict(config.training)
+    weights: Any = config.weights
+    training = dataclasses.asdict(config.training)
     for name in ("mixed_precision", "channels_last", "processes"):  # the accelerator's, the model's, the launcher's
         del training[name]
     return TrainPlan(
@@ -345,9 +377,10 @@ def make_plan(config: TrainConfig, vocabulary: Vocabulary | None) -> TrainPlan:
         prompts=filled(config.concepts),
         selection=config.selection,
         lora=Lora(weights.rank, weights.alpha or float(weights.rank)) if weights.rank else None,
+        frozen=weights.frozen,
         masters=weights.masters,
         erase_from=filled(config.erase_from),
-        preserve=tuple(in_turns(expand_prompts(config.preserve.prompts, vocabulary, but=erased))),
+        preserve=tuple(in_turns(spared_prompts(config.preserve.prompts, vocabulary, erased))),
         preserve_weight=config.preserve.weight,
         objective=Objective(**dataclasses.asdict(config.objective)),
         sampling=Sampling(

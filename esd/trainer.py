@@ -21,14 +21,14 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esd import checkpoint, objectives, seeding
+from esd import checkpoint, float8, objectives, seeding
 from esd.errors import UserError
 from esd.families import Conditioning, Family
 from esd.lora import LoraViews, LowRank
@@ -91,14 +91,14 @@ def train(
     """
     family.place("encoders")
     point_sources(family, plan, None, None, accelerator.num_processes)  # encodes every prompt
-    family.place("denoiser")
     with student_views(family, plan, accelerator) as views:
         return _train(family, plan, views, run_dir, accelerator, versions or {})
 
 
 @contextmanager
 def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator[Views]:
-    """The family's model as student and teacher, for the length of a `with` block; the base again on any exit.
+    """The family's model as student and teacher on the device, for the length of a `with` block; the base again, on the
+    CPU, on any exit.
 
     Raises:
         UserError: blocks are to be compiled, and diffusers knows none in this denoiser.
@@ -110,24 +110,26 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
             f"training.compile=true: diffusers names no blocks of {type(denoiser).__name__} to compile; set "
             "training.compile=false"
         )
-    views = make_views(denoiser, names, plan)
-    try:
-        if plan.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-        if plan.compile:
-            denoiser.compile_repeated_blocks()
-        # every size of latents and of batch makes a version of a block, student and teacher another: dynamo keeps 8
-        with torch._dynamo.config.patch(recompile_limit=MOST_VERSIONS) if plan.compile else nullcontext():
-            yield views
-    finally:
-        accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)  # takes autocast off the model's forward
-        if plan.gradient_checkpointing:
-            denoiser.disable_gradient_checkpointing()
-        if plan.compile:
-            for module in denoiser.modules():
-                module._compiled_call_impl = None  # what nn.Module.compile sets, and offers no way back from
-        views.restore()
-        family.place()
+    with float8.stored(denoiser) if plan.frozen else nullcontext():  # before it takes any of the device
+        family.place("denoiser")
+        views = make_views(denoiser, names, plan)
+        try:
+            if plan.gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+            if plan.compile:
+                denoiser.compile_repeated_blocks()
+            # every size of latents and of batch makes a version of a block, student and teacher another: dynamo keeps 8
+            with torch._dynamo.config.patch(recompile_limit=MOST_VERSIONS) if plan.compile else nullcontext():
+                yield views
+        finally:
+            accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)  # takes autocast off the model's forward
+            if plan.gradient_checkpointing:
+                denoiser.disable_gradient_checkpointing()
+            if plan.compile:
+                for module in denoiser.modules():
+                    module._compiled_call_impl = None  # what nn.Module.compile sets, and offers no way back from
+            views.restore()
+            family.place()
 
 
 def _train(
@@ -143,10 +145,10 @@ def _train(
     adam = make_adam(plan, views.parameters())
     student, optimizer = accelerator.prepare(views.student, adam)
     identity = {
-        "plan": json.loads(json.dumps(asdict(plan))),
+        "plan": json.loads(json.dumps(asdict(replace(plan, save_every=0)))),  # how often a state is saved changes none
         "base": checkpoint.fingerprint(views.base),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "number of processes": accelerator.num_processes,
+        "mixed precision": accelerator.mixed_precision,
     }
     first, earlier = resume(run_dir / "state", views, adam, accelerator.scaler, identity, erasing)
     if first:
@@ -391,10 +393,13 @@ def resume(
     saved = load_state(folder)
     if saved is None:
         return 0, 0.0
-    if saved.facts["identity"] != identity:
+    known: Mapping[str, Any] = saved.facts["identity"]
+    if odd := [name for name in {**identity, **known} if known.get(name) != identity.get(name)]:
+        there, here = (facts.get(odd[0]) for facts in (known, identity))
+        told = f": {there} there, {here} here" if odd[0] not in ("plan", "base") else ""
         raise UserError(
-            f"{folder} holds the state of another plan, base, number of processes or mixed precision; "
-            "choose another run_dir, or remove it"
+            f"{folder} holds the state of a run with another {odd[0]}{told}; start it as it was started, choose "
+            "another run_dir, or remove it"
         )
     if in_use := saved.tensors.get("points"):
         erasing.put_back(saved.step, in_use)

@@ -18,6 +18,7 @@ PLAN = TrainPlan(
     preserve_weight=1.0,
     selection="cross.k + cross.v",
     lora=None,
+    frozen=None,
     masters=True,
     objective=Objective(),
     sampling=SAMPLING,

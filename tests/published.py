@@ -152,7 +152,7 @@ CONDITIONING: dict[str, dict[str, tuple[int, ...]]] = {
 PARTS["SDXL-turbo"], CONDITIONING["SDXL-turbo"] = PARTS["SDXL"], CONDITIONING["SDXL"]
 EXPERIMENTS = {  # in conf/experiment, with the published model each trains
     "sd14": "SD 1.4", "sdxl": "SDXL", "sdxl_turbo": "SDXL-turbo", "sd35_medium": "SD 3.5 medium",
-    "flux_dev": "FLUX.1-dev", "klein": "FLUX.2 Klein 4B",
+    "flux_dev": "FLUX.1-dev", "flux_dev_24gb": "FLUX.1-dev", "klein": "FLUX.2 Klein 4B",
 }  # fmt: skip
 TINY = {  # pipelines of the same families
     "SD 1.4": "sd1", "SDXL": "sdxl", "SDXL-turbo": "sdxl-turbo", "SD 3.5 medium": "sd3.5", "FLUX.1-dev": "flux-dev",

@@ -19,15 +19,15 @@ PACKAGE = ROOT / "esd"
 # A package stands for everything in it.
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "objectives", "seeding", "selection"),
-    1: ("families", "weights", "lora"),
+    1: ("families", "weights", "lora", "float8"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress"),
     3: ("plan", "trainer", "description", "memory", "evaluation"),
     4: (
         *("config", "run", "model", "main", "drawing", "judging"),
-        *("train", "generate", "evaluate", "canvas", "attacks", "files", "cli"),
+        *("train", "generate", "evaluate", "canvas", "attacks", "report", "compare", "files", "cli"),
     ),
 }
-PROGRAMS = ("train", "generate", "evaluate", "files", "cli")
+PROGRAMS = ("train", "generate", "evaluate", "report", "compare", "files", "cli")
 EDGE = max(FLOORS)
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -71,6 +71,7 @@ def refused(command: Command, told: str, program: str, *arguments: str) -> None:
         ([CAT, "prompts=['a {} {thng}']"], "'a {} {thng}' holds braces that nothing fills; allowed: {}, {thing}"),
         ([CAT, "preserve.prompts=['a {}']"], "'a {}' holds braces that nothing fills; allowed: {thing}, {style}"),
         ([CAT, "prompts=['a {}']", "preserve.prompts=['a cat']"], "'a cat' is a training prompt too"),
+        ([CAT, "weights.frozen=float8"], "weights.frozen=float8 says nothing about weights=full; set weights=lora"),
         ([CAT, "training.warmup=4"], "training.warmup=4 with training.updates=4"),
         (["concepts=[cat,a Cat]"], "names a concept twice"),
         ([CAT, "model.path=checkpoints/emoji-sd"], "comes with a clone of esd"),

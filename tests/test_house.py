@@ -2,7 +2,6 @@
 
 import ast
 import doctest
-import json
 import re
 import subprocess
 import sys
@@ -139,48 +138,3 @@ def test_the_examples_in_docstrings_hold(path: Path) -> None:
     module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     outcome = doctest.testmod(module)
     assert outcome.attempted and not outcome.failed
-
-
-RATE = {"before": 0.96, "after": 0.015, "n": 200, "interval": [0.005, 0.043]}
-NO_RATE = {"before": None, "after": None, "n": 0, "interval": None}
-
-
-@pytest.mark.parametrize(
-    ("summary", "first_line"),
-    [
-        (
-            {"target": RATE, "same_domain": RATE, "neither": 0.1, "seconds": 61.2, "reason": None},
-            "target 96% -> 1.5%; others of its kind 96% -> 1.5%; neither 10%; trained in 61 s",
-        ),
-        ({"target": NO_RATE, "neither": None, "reason": "no judge"}, "no rates: no judge"),
-        ({"target": None, "reason": "no judge"}, "no rates: no judge"),
-    ],
-)
-def test_the_demo_ends_with_its_rates_and_its_picture(tmp_path: Path, summary: dict, first_line: str) -> None:
-    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "scripts" / "rates.py"), str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed.splitlines() == [first_line, f"picture: {tmp_path / 'preview.png'}"]
-
-
-def test_runs_in_folders_of_the_same_name_keep_their_own_lines_and_seeds_get_a_mean(tmp_path: Path) -> None:
-    runs = []
-    for number, (folder, eta, after) in enumerate([("a", 1.0, 0.02), ("b", 1.0, 0.04), ("c", 2.0, 0.5)]):
-        run = tmp_path / folder / "cat"
-        run.mkdir(parents=True)
-        settings = {"seed": number, "run_dir": str(run), "objective": {"eta": eta}}
-        (run / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
-        told = {"target": RATE | {"after": after}, "neither": after, "seconds": 60.0 + 2 * number}
-        (run / "summary.json").write_text(json.dumps(told), encoding="utf-8")
-        runs.append(str(run))
-    command = [sys.executable, str(ROOT / "scripts" / "rates.py"), *runs]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in printed]
-    assert [row[0] for row in cells] == [*runs[:2], f"mean of 2 seeds, to {runs[1]}", runs[2]]
-    assert [row[1] for row in cells] == [
-        "96% → 2% (n=200)",
-        "96% → 4% (n=200)",
-        "96% → 3% (n=400)",
-        "96% → 50% (n=200)",
-    ]
-    assert [row[2:] for row in cells[::2]] == [["2%", "60"], ["3%", "61"]]

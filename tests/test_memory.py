@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 
 from esd import memory, trainer
 from esd.families import family_of, load_pipeline
+from esd.float8 import linears
 from esd.lora import Lora
 from esd.memory import Counter, Memory, Phase
 from esd.plan import TrainPlan
@@ -26,6 +27,7 @@ from tests.test_train_cli import train
 
 ROOT = Path(__file__).parents[1]
 BUSY = dataclasses.replace(PLAN, selection="esd_x", batch_size=6, updates=1, preserve=("a dog",))
+THIN = dataclasses.replace(BUSY, lora=Lora(2, 2.0), frozen="float8")
 
 
 def family(name: str) -> Any:
@@ -39,19 +41,22 @@ def planned(made: Any, plan: TrainPlan, **how: Any) -> dict[str, Phase]:
     return {phase.name: phase for phase in memory.measure(made, plan, made.encode(["cat"]), **how).phases}
 
 
+@pytest.mark.parametrize("plan", [BUSY, THIN], ids=["full", "float8"])
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3.5", "flux-dev", "klein"])
-def test_training_makes_as_many_bytes_as_were_planned(name: str, tmp_path: Path) -> None:
+def test_training_makes_as_many_bytes_as_were_planned(name: str, plan: TrainPlan, tmp_path: Path) -> None:
     """The same count over a real run of one update: all that it makes, bank, gradients and Adam's moments too."""
     made = family(name)
-    expected = planned(made, BUSY)["train"]
-    made.encode([*BUSY.prompts, *BUSY.preserve, ""])
+    expected = planned(made, plan)["train"]
+    made.encode([*plan.prompts, *plan.preserve, ""])
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     counter = Counter()
     counter.ignore([*made.denoiser.parameters(), *made.denoiser.buffers()])
     with counter:
-        trainer.train(made, BUSY, tmp_path, accelerator)
+        trainer.train(made, plan, tmp_path, accelerator)
     there = expected.parts["frozen weights"] + expected.parts["trained weights"]
+    if plan.frozen:  # adapters are made, and so is what is stored
+        there = memory.weights(made.denoiser) - sum(4 * layer.weight.numel() for layer in linears(made.denoiser))
     assert expected.total - there == pytest.approx(counter.peak, rel=0.1)
 
 
@@ -68,10 +73,17 @@ def test_what_makes_a_phase_smaller_does() -> None:
     assert train_with(batch_size=3) < 0.7 * whole
     thin = planned(made, dataclasses.replace(BUSY, lora=Lora(1, 1.0)))["train"].parts
     assert thin["trained weights"] < usual["train"].parts["trained weights"] and not thin["their base"]
+    stored, wide = planned(made, THIN, images=1), planned(made, dataclasses.replace(THIN, frozen=None), images=1)
+    spared = sum(3 * layer.weight.numel() for layer in linears(made.denoiser))
+    assert wide["train"].parts["frozen weights"] - stored["train"].parts["frozen weights"] == spared
+    assert stored["train"].parts["activations"] == pytest.approx(wide["train"].parts["activations"], rel=0.02)
+    assert 0 < wide["draw"].total - stored["draw"].total < spared  # with the selected weights as they are
     few = dataclasses.replace(BUSY, sampling=dataclasses.replace(BUSY.sampling, max_batch=2))
     assert planned(made, few)["sample"].total < usual["sample"].total
     assert planned(made, BUSY, images=1)["draw"].total < usual["draw"].total
-    assert planned(made, BUSY, processes=2)["train"].total > whole
+    for name, phase in planned(made, BUSY, processes=2, images=2).items():  # DDP's buckets are there all the time
+        buckets = 4 * made.select(BUSY.selection).numel if name in ("sample", "train") else 0
+        assert phase.total - usual[name].total == buckets
 
 
 def test_adam_and_masters_are_counted_by_the_selection() -> None:
@@ -103,15 +115,46 @@ def test_no_weight_is_needed_to_plan() -> None:
 
 
 def test_the_verdict_names_the_largest_phase_and_what_would_help() -> None:
-    made = family("sd1")
-    found = Memory((Phase("encode", {"text encoders": memory.GB}), Phase("train", {"activations": 30 * memory.GB})))
-    assert found.verdict(None, BUSY, made) == "at most 30.0 GB, in the phase 'train'"
-    assert found.verdict(31, BUSY, made).endswith("; fits 31 GB")
-    told = found.verdict(24, BUSY, made)
-    assert "does not fit 24 GB" in told and "training.gradient_checkpointing=true" in told and "weights=lora" in told
-    assert "evaluation.batch_size" not in told
-    thin = dataclasses.replace(BUSY, lora=Lora(1, 1.0), gradient_checkpointing=True)
-    assert "checkpointing" not in found.verdict(24, thin, made) and "lora" not in found.verdict(24, thin, made)
+    found = Memory(
+        (Phase("encode", {"text encoders": memory.GB}, ("a",)), Phase("train", {"x": 30 * memory.GB}, ("b",)))
+    )
+    assert found.verdict(None) == "at most 30.0 GB, in the phase 'train'"
+    assert found.verdict(31).endswith("; fits 31 GB")
+    assert found.verdict(24).endswith("; does not fit 24 GB, of which 1 is the device's own; smaller with b")
+    assert found.verdict(1.5).endswith("smaller with a, b")
+    assert Memory((Phase("encode", {"text encoders": memory.GB}),)).verdict(1).endswith("no setting makes it smaller")
+
+
+def test_only_what_helps_is_offered() -> None:
+    made = family_of(tiny.pipeline(size="large"))
+    plan = dataclasses.replace(BUSY, selection="esd_all", rollouts=8, batch_size=2, preserve=())
+    whole = planned(made, plan, images=2)
+    anyway = {"model.precision=bfloat16", "weights=lora", "a narrower selection", "training.optimizer=adam8bit"}
+    assert set(whole["encode"].mends) == {"model.precision=bfloat16"}
+    assert anyway | {"a smaller trajectory.max_batch", "fewer trajectory.rollouts"} <= set(whole["sample"].mends)
+    batch = "a smaller training.batch_size with training.gradient_accumulation"
+    assert anyway | {batch, "training.gradient_checkpointing=true"} <= set(whole["train"].mends)
+    assert set(whole["draw"].mends) == {"model.precision=bfloat16", "a smaller evaluation.batch_size"}
+    changes: dict[str, dict[str, Any]] = {
+        "training.gradient_checkpointing=true": {"gradient_checkpointing": True},
+        "weights=lora weights.frozen=float8": {"lora": Lora(2, 2.0), "frozen": "float8"},
+    }
+    for mend, change in changes.items():
+        less = planned(made, dataclasses.replace(plan, **change), images=2)
+        assert all(less[name].total < phase.total for name, phase in whole.items() if mend in phase.mends), mend
+
+
+def test_nothing_is_offered_that_is_as_small_as_it_can_be() -> None:
+    made = family_of(tiny.pipeline().to(torch.bfloat16))
+    least = dataclasses.replace(
+        BUSY, lora=Lora(1, 1.0), frozen="float8", batch_size=1, rollouts=0, sampler="student", staleness=1, preserve=(),
+        gradient_checkpointing=True, sampling=dataclasses.replace(BUSY.sampling, max_batch=2),
+    )  # fmt: skip
+    found = planned(made, least, mixed_precision="bf16", images=1)
+    works = ("a smaller trajectory.size",)
+    assert {name: phase.mends for name, phase in found.items()} == {
+        "encode": (), "sample": works, "train": works, "draw": (),
+    }  # fmt: skip
 
 
 def test_a_plan_tells_every_phase_and_a_run_for_a_card_its_peak(command: Command) -> None:

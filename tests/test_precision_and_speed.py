@@ -130,7 +130,11 @@ def test_a_model_whose_blocks_diffusers_does_not_name_is_not_compiled(tmp_path: 
 
 
 @pytest.mark.slow(reason="torch.compile takes up to a minute for each of these")
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora": Lora(2, 2.0)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_checkpointing": True}, {"lora": Lora(2, 2.0)}, {"lora": Lora(2, 2.0), "frozen": "float8"}],
+    ids=str,
+)
 def test_compiled_blocks_learn_the_same_and_are_taken_off(tmp_path: Path, changes: Any) -> None:
     plan = dataclasses.replace(PLAN, selection="esd_x", **changes)
     usual, pipe, compiled = run(tmp_path / "usual", plan), tiny.pipeline(), []
@@ -155,8 +159,10 @@ def test_compiled_blocks_learn_the_same_and_are_taken_off(tmp_path: Path, change
         ({"WORLD_SIZE": "2"}, ["training.processes=1"], "this launch has 2; start it as python -m esd.train"),
         ({"ACCELERATE_USE_FSDP": "true"}, [], "configured for FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "configured for DeepSpeed"),
-        ({}, ["training.mixed_precision=fp16"], "fp16 on cpu"),
-        ({}, ["model.precision=float16"], "fp16 on cpu"),
+        ({}, ["training.mixed_precision=fp16"], "error: training.mixed_precision=fp16 on cpu"),
+        ({}, ["model.precision=float16"], "error: model.precision=float16 on cpu"),
+        ({}, ["model.precision=float16", "plan_only=true"], "error: model.precision=float16 on cpu"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "error: accelerate launch --mixed_precision fp16 on cpu"),
         ({}, ["model.precision=float16", "training.mixed_precision=bf16"], "allowed: auto, fp16"),
         ({}, ["model.precision=bfloat16", "training.mixed_precision=fp16"], "allowed: auto, bf16"),
     ],
@@ -174,6 +180,19 @@ def test_a_launch_or_a_precision_that_cannot_be_is_refused_before_anything_is_lo
     ended = train(command, *settings)
     assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
     assert command.files() == set()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["model.precision=float16"], ["training.mixed_precision=fp16"], ["training.processes=2"], ["device=cuda"]],
+)
+def test_what_only_another_machine_can_do_is_planned_for_its_card_here(command: Command, settings: list[str]) -> None:
+    ended = train(command, *settings, "plan_only=true", "device_memory=24")
+    assert ended.code == 0 and "fits 24 GB" in ended.out, ended.err
+    usual = train(command, "plan_only=true", "device_memory=24")
+    assert (ended.out == usual.out) == (settings == ["device=cuda"])  # the others take another amount
+    ended = train(command, *settings, "plan_only=true")
+    assert ended.code == 2 and settings[0] in ended.err and len(ended.err.splitlines()) == 1
 
 
 def test_the_processes_that_were_asked_for_are_no_error(command: Command) -> None:

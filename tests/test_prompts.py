@@ -7,7 +7,7 @@ import pytest
 
 from esd.errors import UserError
 from esd.evaluation.prompts import PromptRow, articled, fill, load, say
-from esd.evaluation.vocabulary import Target, Vocabulary, expand_prompts, in_turns
+from esd.evaluation.vocabulary import Target, Vocabulary, expand_prompts, in_turns, spared_prompts
 
 VOCABULARY = {
     "things": [
@@ -157,14 +157,41 @@ def test_training_templates_run_over_everything_but_the_erased(vocabulary: Vocab
 def test_what_is_erased_from_one_thing_only_stays_with_all_others(vocabulary: Vocabulary) -> None:
     erased = vocabulary.targets(["mosaic"], ["a kitty in mosaic"])
     assert erased == [Target("style", "mosaic", within="cat")] == vocabulary.targets(["mosaic"], ["cat"])
-    whole, half, written_out = expand_prompts(
-        ["a {thing} in {style}", "a {thing} in mosaic", "a cat in mosaic"], vocabulary, but=erased
-    )
+    templates = ["a {thing} in {style}", "a {thing} in mosaic", "a kitty in {style}", "a cat", "a {thing}"]
+    whole, other_things, other_styles, alone, things = spared_prompts(templates, vocabulary, erased)
     assert set(whole) == {f"a {t} in {s}" for t in ("cat", "dog", "rose") for s in ("mosaic", "neon")} - {
         "a cat in mosaic"
     }
-    assert half == ["a dog in mosaic", "a rose in mosaic"]
-    assert written_out == ["a cat in mosaic"]  # asked for in so many words; the plan refuses it
+    assert other_things == ["a dog in mosaic", "a rose in mosaic"]
+    assert other_styles == ["a kitty in neon"]
+    assert alone == ["a cat"] and things == ["a cat", "a dog", "a rose"]
+
+
+@pytest.mark.parametrize(
+    ("erase_from", "template"),
+    [
+        ([], "a cat in the {style} style"),
+        ([], "a kitty"),
+        (["a cat in mosaic"], "a cat in mosaic"),
+        (["a cat in mosaic"], "mosaic: a {thing}, which is a cat"),
+    ],
+)
+def test_a_template_that_names_what_is_erased_itself_cannot_be_preserved(
+    vocabulary: Vocabulary, erase_from: list[str], template: str
+) -> None:
+    erased = vocabulary.targets(["cat"], erase_from)
+    with pytest.raises(UserError, match="names what is erased, which cannot be preserved too"):
+        spared_prompts(["a {thing} in neon", template], vocabulary, erased)
+
+
+def test_a_concept_is_trained_on_with_all_that_is_not_erased(vocabulary: Vocabulary) -> None:
+    erased = vocabulary.targets(["cat", "mosaic"])
+    assert expand_prompts(["a cat in {style}", "a {thing} in mosaic"], vocabulary, but=erased) == [
+        ["a cat in neon"],
+        ["a dog in mosaic", "a rose in mosaic"],
+    ]
+    with pytest.raises(UserError, match="knows nothing but what is erased to fill them from"):
+        expand_prompts(["a cat in {style}"], vocabulary, but=vocabulary.targets(["mosaic", "neon"]))
 
 
 def test_a_text_names_what_stands_in_it_as_words(vocabulary: Vocabulary) -> None:

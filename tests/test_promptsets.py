@@ -7,13 +7,14 @@ import pytest
 
 from esd.errors import UserError
 from esd.evaluation import promptsets
+from esd.evaluation.judges_by_name import ASKED
 from esd.evaluation.promptsets import Copy, find, known
 
 
-def a_copy(monkeypatch: pytest.MonkeyPatch, name: str, path: Path) -> None:
+def a_copy(monkeypatch: pytest.MonkeyPatch, name: str, path: Path, label: str = "") -> None:
     """Has the set of a name be the file at a path."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    copy = Copy(name, "owner/name", "0" * 40, "p.csv", digest, "MIT")
+    copy = Copy(name, "owner/name", "0" * 40, "p.csv", digest, "MIT", label)
     monkeypatch.setattr(promptsets, "known", lambda: {name: (copy,)})
 
 
@@ -24,6 +25,7 @@ def test_every_set_says_which_file_it_is() -> None:
     for copy in every:
         assert len(copy.sha256) == 64 and len(copy.commit) == 40 and copy.repository.count("/") == 1
         assert copy.file.endswith(".csv") and copy.licence in ("MIT", "")
+        assert not copy.label or copy.label.partition("=")[0] in ASKED
 
 
 @pytest.mark.parametrize("name", known())
@@ -44,6 +46,17 @@ def test_the_right_copy_is_read_under_its_columns(tmp_path: Path, monkeypatch: p
     (row,), (told,) = find(f"esd_vangogh:{path}")
     assert (row.case_number, row.evaluation_seed, row.labels) == (7, 12, {"artist": "Vincent"})
     assert told == "esd_vangogh: 1 prompts, p.csv of github.com/owner/name at 0000000"
+
+
+def test_what_a_whole_set_shows_is_a_label_that_judges_are_held_against(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,seed,label_str\na tench,12, Tinca tinca\n")
+    a_copy(monkeypatch, "esd_imagenet", path)
+    assert find(f"esd_imagenet:{path}")[0][0].labels == {"class": "Tinca tinca"}
+    a_copy(monkeypatch, "lu_van_gogh", path, "artist=Van Gogh")
+    assert find(f"lu_van_gogh:{path}")[0][0].labels == {"class": "Tinca tinca", "artist": "Van Gogh"}
 
 
 def test_the_empty_row_of_i2p_is_left_out_and_guidance_and_size_are_those_of_the_row(

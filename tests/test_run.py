@@ -47,6 +47,17 @@ def test_the_same_settings_may_come_back_and_others_may_not(tmp_path: Path) -> N
         RunDirectory(tmp_path / "run", config(eta=1.0))
 
 
+def test_how_often_states_are_saved_and_how_many_processes_are_asked_for_make_no_other_run(tmp_path: Path) -> None:
+    created(tmp_path / "run", config())
+    other = config()
+    other.training.save_every, other.training.processes = 7, 2
+    created(tmp_path / "run", other)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["training"]["save_every"] == 7
+    other.training.updates = 7
+    with pytest.raises(UserError, match=r"training\.updates=150 there, 7 here"):
+        RunDirectory(tmp_path / "run", other)
+
+
 def test_the_first_setting_that_differs_is_named_in_the_order_of_declaration(tmp_path: Path) -> None:
     created(tmp_path / "run", config(eta=2.0))
     other = config(eta=1.0)

@@ -124,7 +124,7 @@ def test_a_stopped_run_says_so_by_its_exit_code_and_the_same_command_resumes_it(
     assert ended.code == code
     assert ended.err.splitlines()[-1] == "stopped after update 2 of 4; the same command resumes"
     assert not (command.folder / "runs/cat/erased.safetensors").exists()
-    ended = train(command)
+    ended = train(command, "training.save_every=1", "training.processes=1")  # neither makes it another run
     assert ended.code == 0 and "resuming after update 2 of 4" in ended.out
     assert command.files() == {"runs", "runs/cat", *(f"runs/cat/{name}" for name in LEFT)}
 
@@ -350,7 +350,9 @@ def test_ctrl_c_ends_in_one_line_and_a_state_to_go_on_from(command: Command) -> 
 
 @pytest.mark.slow(reason="starts two Pythons of its own, which import torch")
 @pytest.mark.parametrize(
-    "sampling", [(), ("trajectory=on_policy", "trajectory.staleness=2")], ids=["bank", "stale student"]
+    "sampling",
+    [(), ("trajectory=on_policy", "trajectory.staleness=2"), ("weights=lora", "weights.frozen=float8")],
+    ids=["bank", "stale student", "float8"],
 )
 def test_two_processes_train_what_one_would_into_one_directory(command: Command, sampling: tuple[str, ...]) -> None:
     told = ("training.lr=1e-4", "training.save_every=1", "prompts=['{}','a {}']")

@@ -20,7 +20,7 @@ from esd.errors import UserError
 from esd.families import Family, family_of
 from esd.objectives import Objective
 from esd.plan import TrainPlan
-from esd.storage import load_state
+from esd.storage import load_state, save_state
 from tests import tiny
 from tests.plans import PLAN
 
@@ -176,12 +176,25 @@ def test_a_state_of_another_plan_is_refused_and_a_damaged_one_ignored(
     assert (tmp_path / "state").is_dir()
     with pytest.raises(UserError, match="another plan"):
         run(tmp_path, plan(save_every=3, lr=2e-3))
+    saved = load_state(tmp_path / "state")
+    assert saved is not None
+    two = {**saved.facts["identity"], "number of processes": 2}
+    save_state(tmp_path / "state", dataclasses.replace(saved, facts={**saved.facts, "identity": two}))
+    with pytest.raises(UserError, match="another number of processes: 2 there, 1 here; start it as it was started"):
+        run(tmp_path, plan(save_every=3))
+    save_state(tmp_path / "state", saved)
     file = tmp_path / "state" / "00000003" / "student.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     assert load_state(tmp_path / "state") is None
     assert same(whole, run(tmp_path, plan(save_every=3)))
+
+
+def test_a_state_counts_however_often_states_are_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tmp_path, plan(save_every=3))
+    assert same(whole, run(tmp_path, plan(save_every=2)))
+    assert "resuming after update 3 of 4" in capsys.readouterr().out
 
 
 def test_a_preserved_prompt_starts_at_no_loss_and_is_held(tmp_path: Path) -> None:

@@ -48,10 +48,11 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_holds_the_package_and_every_file_of_settings(wheel: Path) -> None:
+def test_the_wheel_holds_all_of_the_package_and_every_file_of_settings(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         names = {name for name in opened.namelist() if ".dist-info/" not in name}
-    package = {f"esd/{path.relative_to(ROOT / 'esd')}" for path in (ROOT / "esd").rglob("*.py")}
+    files = [path.relative_to(ROOT) for path in (ROOT / "esd").rglob("*") if path.is_file()]
+    package = {str(path) for path in files if "__pycache__" not in path.parts}
     settings = {f"esd/conf/{path.relative_to(conf_dir())}" for path in conf_dir().rglob("*.yaml")}
     assert names == package | settings
 

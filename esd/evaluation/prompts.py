@@ -28,6 +28,7 @@ ALIASES = {
     "width": ("width", "sd_image_width"),
 }
 
+CLASS_COLUMNS = ("class", "label_str")  # label_str in ESD's list of ImageNet's classes
 SLOTS = re.compile(r"\{(?:thing|style)\}")
 PANDAS_INDEX = re.compile(r"(Unnamed: \d+)?")  # how a CSV calls a column of row numbers that was saved with it
 
@@ -225,7 +226,7 @@ def _row(record: dict[str, Any], where: str, number: int, seed: int) -> PromptRo
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
         raise UserError(f"{where}: guidance={guidance}; allowed: a finite number, at least 0")
     labels = {
-        name: str(value).strip()
+        "class" if name in CLASS_COLUMNS else name: str(value).strip()
         for name, value in rest.items()
         if value not in (None, "") and not PANDAS_INDEX.fullmatch(name.strip())
     }

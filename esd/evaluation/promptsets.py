@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Copy:
         file: its path there.
         sha256: of the file, as git stores it.
         licence: of the repository; "" where it says none for its prompts.
+        label: COLUMN=VALUE of what every prompt of the file shows, where it has no column that says so; or "".
     """
 
     name: str
@@ -42,6 +43,7 @@ class Copy:
     file: str
     sha256: str
     licence: str
+    label: str = ""
 
     def __str__(self) -> str:
         return f"{self.file} of github.com/{self.repository} at {self.commit[:7]}"
@@ -102,6 +104,9 @@ def _copied(name: str, path: Path) -> tuple[list[PromptRow], list[str]]:
             f"yours without '{name}:'"
         )
     rows = load(path, without=EMPTY.get(name, ()), once=True)
+    if copies[found].label:
+        column, _, value = copies[found].label.partition("=")
+        rows = [replace(row, labels={**row.labels, column: value}) for row in rows]
     with path.open(newline="", encoding="utf-8") as file:
         left_out = sum(1 for _ in csv.DictReader(file)) - len(rows)
     told = f"{name}: {len(rows)} prompts, {copies[found]}"

@@ -165,39 +165,64 @@ def expand_prompts(
     Args:
         templates: texts that may hold {thing} and {style}.
         vocabulary: of the model, or None.
-        but: what {thing} and {style} leave out; where it is erased from one thing or style, the two together.
+        but: what {thing} and {style} leave out.
 
     Raises:
-        UserError: a template holds {thing} or {style} and the model ships no vocabulary.
+        UserError: a template holds {thing} or {style}, and the model ships no vocabulary or knows nothing else.
     """
-    if vocabulary is None:
-        for template in templates:
-            if "{thing}" in template or "{style}" in template:
-                raise UserError(
-                    f"prompts: {template!r} holds {{thing}} or {{style}}, and this model ships no "
-                    "vocabulary.json to fill them from; write the prompts out"
-                )
-        return [[template] for template in templates]
-    things, styles = vocabulary.names("thing"), vocabulary.names("style")
-    pairs = any(target.within for target in but)
+    return [[prompt for prompt, _ in _filled(template, vocabulary, but)] for template in templates]
 
-    def spared(prompt: str, labels: Mapping[str, str]) -> bool:
-        told = {
-            **(vocabulary.named(prompt) if pairs and labels else {}),
-            **labels,
-        }  # one of a pair may stand written out
-        return not any(target.meant(told) for target in but)
 
-    return [
-        [prompt for prompt, labels in fill(template, things, styles) if spared(prompt, labels)]
-        for template in templates
-    ]
+def spared_prompts(
+    templates: Sequence[str], vocabulary: Vocabulary | None, erased: Sequence[Target]
+) -> list[list[str]]:
+    """For each template to preserve, every prompt it stands for that does not name what is erased.
+
+    Where a concept is erased from one thing or style only, the template may name one of the two itself: with a mosaic
+    erased from the cat, "a cat in the {style} style" is every style but mosaic, "a {thing} in mosaic" all but the cat.
+
+    Args:
+        templates: texts that may hold {thing} and {style}.
+        vocabulary: of the model, or None.
+        erased: what is.
+
+    Raises:
+        UserError: see `expand_prompts`; or whatever a template stands for names what is erased.
+    """
+    spared = []
+    for template in templates:
+        written = vocabulary.named(template) if vocabulary else {}
+        spared.append(
+            [
+                prompt
+                for prompt, told in _filled(template, vocabulary, ())
+                if not any(t.meant(written | told) or t.meant(told | written) for t in erased)
+            ]
+        )
+        if not spared[-1]:
+            raise UserError(
+                f"preserve.prompts: {template!r} names what is erased, which cannot be preserved too; write {{thing}} "
+                "or {style} in its place, or leave the prompt out"
+            )
+    return spared
+
+
+def _filled(template: str, vocabulary: Vocabulary | None, but: Sequence[Target]) -> list[tuple[str, dict[str, str]]]:
+    """(prompt, labels) of all that a template stands for; see `expand_prompts`."""
+    known = [vocabulary.names(d, but=[t.name for t in but if t.domain == d]) if vocabulary else [] for d in DOMAINS]
+    if filled := list(fill(template, *known)):
+        return filled
+    why = "knows nothing but what is erased" if vocabulary else "ships no vocabulary.json"
+    raise UserError(
+        f"prompts: {template!r} holds {{thing}} or {{style}}, and this model {why} to fill them from; write the "
+        "prompts out"
+    )
 
 
 def in_turns(choices: Sequence[Sequence[str]]) -> list[str]:
     """One of each choice, then the next of each, until the longest is through: all weigh the same."""
     longest = max((len(texts) for texts in choices), default=0)
-    return [texts[turn % len(texts)] for turn in range(longest) for texts in choices if texts]
+    return [texts[turn % len(texts)] for turn in range(longest) for texts in choices]
 
 
 def _check_phrasings(held_out: Mapping[str, Any], path: Path) -> None:

@@ -183,11 +183,17 @@ def plan_of(work: Work, variant: Variant, updates: int, seed: int) -> TrainPlan:
     return make_plan(config, None)
 
 
+def plain_loop(family: Family, work: Work, sampler: str, seed: int, *, copied: bool = True) -> Plain:
+    """The plain loop on the family's device; trains a copy of the UNet, or the UNet itself."""
+    family.place("encoders", "denoiser")
+    unet = copy.deepcopy(family.denoiser) if copied else family.denoiser
+    return Plain(family.pipe, unet, family.select(work.selection).names, work, sampler, seed)
+
+
 def train(family: Family, work: Work, variant: Variant, updates: int, seed: int, folder: Path) -> float:
     """Seconds that so many updates took; ours leaves folder/erased.safetensors, the plain loop a changed UNet."""
     if variant.plain:
-        names = family.select(work.selection).names
-        plain = Plain(family.pipe, family.denoiser, names, work, variant.sampler, seed)
+        plain = plain_loop(family, work, variant.sampler, seed, copied=False)
         return timed(lambda: [plain.update(plain.step()) for _ in range(updates)], work.device)
     plan = plan_of(work, variant, updates, seed)
     return trainer.train(family, plan, folder, Accelerator(cpu=work.device == "cpu")).seconds
@@ -212,8 +218,7 @@ def lifetime(family: Family, work: Work, variant: Variant, least: int) -> int:
 def seconds_per_update(family: Family, work: Work, variant: Variant, least: int, seed: int) -> float:
     """Of one variant in one round; the family's model is the base before and after."""
     if variant.plain:
-        names = family.select(work.selection).names
-        plain = Plain(family.pipe, copy.deepcopy(family.denoiser), names, work, variant.sampler, seed)
+        plain = plain_loop(family, work, variant.sampler, seed)
         stops = [int((i + 0.5) * work.steps / least) for i in range(least)]
         return timed(lambda: [plain.update(stop) for stop in stops], work.device) / least
     updates = lifetime(family, work, variant, least)
@@ -223,8 +228,7 @@ def seconds_per_update(family: Family, work: Work, variant: Variant, least: int,
 
 def estimate(family: Family, work: Work, every: Sequence[Variant]) -> list[tuple[Variant, float]]:
     """Seconds per update to expect of each variant: those of an update without sampling, and of its guided calls."""
-    names = family.select(work.selection).names
-    plain = Plain(family.pipe, copy.deepcopy(family.denoiser), names, work, "teacher", 0)
+    plain = plain_loop(family, work, "teacher", 0)
     _, without, with_two = (timed(partial(plain.update, stop), work.device) for stop in (0, 0, 2))
     expected = []
     for v in every:
@@ -277,7 +281,8 @@ def rates(work: Work, variant: Variant, updates: int, images: int) -> tuple[floa
     targets, _ = known_targets([work.concept], vocabulary, judge)
     rows = exam(vocabulary, targets, images, images, 0)
     prompts, seeds = [row.prompt for row in rows], [row.evaluation_seed for row in rows]
-    read = judge(sample(family.pipe, prompts, seeds, num_steps=20, guidance_scale=4.0, batch_size=32))
+    with family.drawing() as pipe:
+        read = judge(sample(pipe, prompts, seeds, num_steps=20, guidance_scale=4.0, batch_size=32))
     found = erasure_rates(rows, read, read, targets)
     return found["target"]["after"], found["same_domain"]["after"]
 

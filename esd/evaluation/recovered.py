@@ -1,0 +1,68 @@
+"""What attacks brought back, read from their metrics.json: all that a report knows of how attacks are written down.
+
+A point of a curve counts the denoiser's evaluations (`queries`) and the gradients through it up to there, and says for
+how many of n prompts the concept was drawn. Each attack ran on the erased model and on its base, beside a control that
+spends as much on chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GRADIENT = 2  # evaluations that going back through the denoiser costs
+
+
+@dataclass(frozen=True)
+class Try:
+    """A point of an attack's curve.
+
+    Attributes:
+        cost: evaluations of the denoiser for each prompt, up to here.
+        shown: prompts for which the concept was drawn, of the attack's n.
+        tried: what was set or reached, by name; empty for the plain drawing.
+    """
+
+    cost: float
+    shown: int
+    tried: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What an attack brought back.
+
+    Attributes:
+        n: prompts.
+        reads: "best" counts a prompt for which any try so far succeeded, "alone" this try's pictures.
+        runs: "erased", "erased_control", "base", "base_control" to their points, in the order tried.
+    """
+
+    n: int
+    reads: str
+    runs: Mapping[str, tuple[Try, ...]]
+
+
+def curves(results: Mapping[str, Any]) -> dict[str, Curves]:
+    """The curves of a metrics.json, by attack.
+
+    Raises:
+        KeyError, TypeError, ValueError, IndexError: they are not there, or not such curves.
+    """
+    found = {}
+    for attack, told in results["attacks"].items():
+        reads = told["reads"]
+        runs = {
+            run: tuple(
+                Try(
+                    (point["queries"] + GRADIENT * point["gradients"]) / point[reads]["n"],
+                    int(point[reads]["k"]),
+                    dict(point["tried"]),
+                )
+                for point in curve["points"]
+            )
+            for run, curve in told["curves"].items()
+        }
+        found[attack] = Curves(int(told["curves"]["erased"]["points"][0][reads]["n"]), reads, runs)
+    return found

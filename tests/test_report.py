@@ -1,0 +1,333 @@
+"""`python -m esd.report`: one file that needs nothing beside it, and says what the runs hold and no more."""
+
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from esd.evaluation.report import is_report
+from tests import finished
+from tests.programs import FAST, Command
+
+ROOT = Path(__file__).parents[1]
+VOID = {"meta", "img", "input", "br", "link"}
+
+
+class Page(HTMLParser):
+    """What a report holds: tags and their attributes, text, and whether what is opened is closed."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.text, self.tags, self.open = "", [], []  # type: ignore[var-annotated]
+        self.source = file.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes what is not open"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+def page(command: Command, *runs: str) -> Page:
+    ended = command("report", *runs)
+    assert ended.code == 0, ended.err
+    assert "wrote report.html" in ended.out
+    return check(Page(command.folder / "report.html"))
+
+
+def check(made: Page) -> Page:
+    """Holds what is true of every report: it loads nothing, it is well-formed, every picture says what it shows."""
+    assert not made.open, f"never closed: {made.open}"
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in made.tags}
+    for tag, attributes in made.tags:
+        for name in ("src", "href", "srcset", "xlink:href", "action", "data", "poster"):
+            assert re.match(r"data:image/webp;base64,|#", attributes.get(name) or "#"), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert "style" not in attributes, (tag, attributes)
+    assert not re.search(r"url\(|@import|@font-face", made.source)
+    assert "default-src 'none'" in made.source
+    for svg in re.findall(r"<svg.*?</svg>", made.source, flags=re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert all(picture.get("alt") for picture in made.all("img"))
+    assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in made.all("svg"))
+    anchors = {attributes.get("id") for _, attributes in made.tags}
+    assert all(link["href"][1:] in anchors for link in made.all("a"))
+    return made
+
+
+def test_what_the_programs_leave_becomes_one_file(command: Command) -> None:
+    trained = command("train", "concepts=[cat]", "run_dir=cat", *FAST)
+    assert trained.code == 0, trained.err
+    drawn = ("model.path=base", "num_steps=2", "device=cpu", "denoiser_points=2", "judges=[ssim]", "base_images=null")
+    evaluated = command("evaluate", "checkpoint=cat", "prompts=[a cat, a dog, a rose]", "run_dir=eval", *drawn)
+    assert evaluated.code == 0, evaluated.err
+    made = page(command, "cat", "eval")
+    assert "“cat”: no judge has read these pictures" in made.words
+    assert "No rates: the model ships no vocabulary.json" in made.words
+    assert len(made.all("img")) == 1 + 2 * 3, "the preview, and three prompts by two models"
+    assert "esd.train" in made.words and "esd.evaluate" in made.words and "ssim, mean" in made.words
+    assert "Inside the denoiser" in made.words and "Losses while training" in made.words
+    assert "base models" not in made.words, "train and evaluate name one folder"
+
+
+@pytest.fixture
+def runs(command: Command) -> Path:
+    """`cat`, its evaluation `eval`, and the attack `attacks` on it."""
+    weights = finished.training(command.folder / "cat", (0.95, 0.005, 200)) / "erased.safetensors"
+    finished.evaluation(command.folder / "eval", weights, still=1)
+    finished.attacks(command.folder / "attacks", weights)
+    return command.folder
+
+
+def test_a_run_is_told_in_plain_words_with_n_and_intervals(command: Command, runs: Path) -> None:
+    made = page(command, "cat")
+    assert made.all("title") and "“cat” is gone, and the rest stayed." in made.words
+    assert "1 of 200 pictures that ask for “cat” still show it (95% interval 0.09% to 2.8%)" in made.words
+    assert (
+        "of the base's 190 do" in made.words
+        and "style on target prompts fell most: from 100% to 98% of 50" in made.words
+    )
+    assert "sees nothing that it knows" in made.words
+    row = re.search(r"other things\s+95%\s+94%\s+88% to 97.2%\s+−1\s+100", made.words)
+    assert row, "a row of the table"
+    assert "python -m esd.train concepts=[cat]" in made.words and "concepts: - cat" in made.words
+
+
+@pytest.mark.parametrize(
+    ("target", "kept", "headline"),
+    [
+        ((0.95, 0.0, 20), (0.9, 0.9, 50), "“cat” seems gone, and the rest stayed."),
+        ((0.95, 0.05, 100), (0.9, 0.85, 50), "“cat” seems gone, and the rest lost a little."),
+        ((0.95, 0.0, 100), (0.9, 0.5, 50), "“cat” is gone, but not alone."),
+        ((0.95, 0.4, 100), (0.9, 0.9, 50), "“cat” is weaker; the rest stayed."),
+        ((0.95, 0.9, 100), (0.9, 0.5, 50), "“cat” is still there."),
+    ],
+)
+def test_headlines_say_no_more_than_the_figures(
+    command: Command, target: tuple[float, float, int], kept: tuple[float, float, int], headline: str
+) -> None:
+    finished.training(command.folder / "cat", target, {"same_domain": kept})
+    assert headline in page(command, "cat").words
+
+
+def test_pictures_stand_side_by_side_those_that_still_show_it_first(command: Command, runs: Path) -> None:
+    made = page(command, "eval")
+    pictures = made.all("img")
+    assert [one["alt"] for one in pictures[:2]] == [
+        "base: a cat in the neon style, seed 0; read as cat, neon",
+        "erased: a cat in the neon style, seed 0; read as cat, neon",
+    ]
+    assert len(pictures) == 24 and made.words.count("still there") == 1
+    assert "Asked for what was erased 6 of 6" in made.words and "Asked for anything else 6 of 6" in made.words
+    assert "colours, thing 100% 58%" in made.words and "FID of 6 pairs" in made.words
+
+
+def test_attacks_stand_beside_base_and_erased_and_are_read_with_their_control(command: Command, runs: Path) -> None:
+    made = page(command, "cat", "eval", "attacks")
+    assert "“cat” is gone, and the rest stayed. An attack brings it back." in made.words, "two runs of one erasure"
+    assert "Soft prompt draws it for 11 of 12 prompts; without it 0 show it, and 0 by chance" in made.words
+    first = [one["alt"].split(":")[0] for one in made.all("img") if "a cat in the neon style, seed 0" in one["alt"]]
+    assert first[-5:] == ["base", "erased", "attacked", "by chance", "base, attacked"]
+    assert "base, by chance" in made.words and len(made.all("polygon")) == 2
+    alone = page(command, "attacks")
+    assert "An attack brings “cat” back." in alone.words
+    shutil.rmtree(runs / "attacks")
+    finished.attacks(runs / "attacks", runs / "cat/erased.safetensors", shown=(0, 1, 1))
+    assert "No attack tried brings “cat” back." in page(command, "attacks").words
+
+
+def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Command) -> None:
+    finished.grid(command.folder / "canvas")
+    made = page(command, "canvas")
+    assert "Erased in turn, esd_u takes away 100% of things, and leaves 50% of their kind." in made.words
+    assert "1 of 2 erasures are done; the same command goes on" in made.words
+    assert re.search(r"things, mean of 1 100% \(100%\) 50% \(50%\) 100% \(100%\) 92.2% / 56% / 44%", made.words)
+    assert re.search(r"cat 100% → 0% 0% to 66%, n=2 100% → 50%", made.words)
+    assert "What other things lost: over-erasure 0.500" in made.words and made.source.count("faint-dot") == 2
+    assert [one["alt"].partition(":")[0] for one in made.all("img")] == ["base", "cat erased"]
+
+
+def test_pictures_that_a_judge_calls_unsafe_are_veiled(command: Command, runs: Path) -> None:
+    finished.evaluation(runs / "nude", runs / "cat/erased.safetensors", still=1, nudity=True)
+    made = page(command, "nude")
+    veiled = [one["alt"] for one in made.all("img") if "a judge calls it unsafe" in one["alt"]]
+    assert len(veiled) == 7 and all("cat" in alt for alt in veiled), "six of the base, one of the erased model"
+    assert len([one for one in made.all("input") if one["type"] == "checkbox"]) == 7
+    assert "nudenet, nudity flagged" in made.words and "nudenet, EXPOSED found 6 1" in made.words
+    attacked = page(command, "nude", "attacks").all("img")
+    (veiled,) = [one["alt"] for one in attacked if one["alt"].startswith("attacked: a cat in the neon style, seed 0;")]
+    assert "a judge calls it unsafe" in veiled
+
+
+def test_lost_pictures_are_counted(command: Command, runs: Path) -> None:
+    (runs / "eval/erased/2_0.png").unlink()
+    (runs / "eval/erased/3_0.png").write_bytes(b"no picture")
+    whole = (runs / "eval/base/4_0.png").read_bytes()
+    (runs / "eval/base/4_0.png").write_bytes(whole[: len(whole) // 2])
+    (runs / "cat/preview.png").unlink()
+    made = page(command, "cat", "eval")
+    assert "pictures of the erased model that cannot be read: 1 missing, 1 corrupt" in made.words
+    assert "pictures of the base model that cannot be read: 1 corrupt" in made.words
+    assert "preview.png is missing or corrupt" in made.words
+    assert made.words.count("missing or corrupt") == 1 + 3 and len(made.all("img")) == 24 - 3
+
+
+def test_a_sweep_has_its_front_its_table_and_its_recommendation(command: Command) -> None:
+    for number, (eta, left) in enumerate([(0.5, 0.5), (1.0, 0.02), (2.0, 0.0)]):
+        kept = {"same_domain": (0.95, 0.95 - 0.1 * number, 100)}
+        finished.training(command.folder / f"sweep/{number}_eta_{eta:g}", (0.95, left, 200), kept, eta=eta)
+    finished.training(command.folder / "sweep/3_eta_4", eta=4.0)
+    (command.folder / "sweep/3_eta_4/summary.json").unlink()
+    ended = command("report", "sweep")
+    assert ended.code == 0 and "sweep: eta=1 keeps the most of those with which at most 10%" in ended.out
+    assert "3_eta_4 is a run of training that is not finished" in ended.err and finished.COMMAND in ended.err
+    made = check(Page(command.folder / "report.html"))
+    assert "“cat” is gone, and the rest lost a little, with eta=1." in made.words and "Take eta=1" in made.words
+    assert "3_eta_4 is a run of training that is not finished" in made.words, "in the report too"
+    assert (command.folder / "sweep/sweep.csv").read_text().count("\n") == 4
+    assert made.source.count('class="halo"') == 1 and made.source.count('class="whisker"') == 6
+    assert 'class="front"' in made.source and len(made.all("img")) == 1, "the preview of the one to take"
+    for still in (0, 3):
+        finished.evaluation(command.folder / f"evals/{still}", command.folder / f"{still}.safetensors", still=still)
+    assert len(page(command, "evals").all("img")) == 24, "those of the evaluation to take"
+    finished.training(command.folder / "none/0_eta_1", None)
+    assert "no run of it has a rate of the target" in page(command, "none").words
+
+
+def test_everything_a_user_typed_stays_text(command: Command) -> None:
+    wicked = "<script>alert('x')</script>\"&"
+    weights = (
+        finished.training(command.folder / "<b>run", concept=wicked, command=f"python {wicked}") / "erased.safetensors"
+    )
+    finished.evaluation(command.folder / "eval", weights, concept=wicked)
+    table = command.folder / "eval/images.csv"
+    table.write_text(table.read_text().replace("a dog in", "<img src=x onerror=alert(1)> {{ 1 + 1 }} in"))
+    finished.attacks(command.folder / "attacks", weights)
+    metrics = command.folder / "attacks/metrics.json"
+    told = json.loads(metrics.read_text())
+    told["attacks"] = {"</style><script>": told["attacks"]["soft_prompt"]}
+    metrics.write_text(json.dumps(told))
+    made = page(command, "<b>run", "eval", "attacks")
+    assert wicked in made.words and "<b>run" in made.words and "{{ 1 + 1 }}" in made.words
+    assert "onerror=alert(1)" in made.words and len(made.all("title")) >= 1
+
+
+def test_different_bases_are_warned_of(command: Command) -> None:
+    for name, base in (("one", 0.0), ("two", 0.5)):
+        finished.training(command.folder / name, base=base)
+    ended = command("report", "one", "two")
+    assert ended.code == 0 and "warning: different base models: one began with tiny, two with tiny" in ended.err
+    words = Page(command.folder / "report.html").words
+    assert "different base models: one began" in words and "“cat” is gone in 2 of 2 runs." in words
+
+
+def test_a_report_replaces_a_report_and_nothing_else(command: Command, runs: Path) -> None:
+    page(command, "cat")
+    assert is_report(runs / "report.html")
+    page(command, "eval")
+    assert "eval" in Page(runs / "report.html").words
+    (runs / "mine.html").write_text("<p>mine")
+    ended = command("report", "cat", "--out", "mine.html")
+    assert ended.code == 2 and "exists and is no report of esd" in ended.err
+    assert (runs / "mine.html").read_text() == "<p>mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "required: run"),
+        (["nowhere"], "nowhere does not exist; give the run_dir of a finished run"),
+        (["base"], "base holds no run of esd"),
+        (["cat", "--out", "no/report.html"], "there is no folder no; make it"),
+        (["cat", "--out", "cat"], "cat exists and is no report"),
+        (["cat", "unfinished"], f"finish it with: {finished.COMMAND}"),
+        (["noimages"], "images.csv cannot be read"),
+        (["oddtable"], "images.csv is damaged"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_leave_no_report(
+    command: Command, runs: Path, arguments: list[str], told: str
+) -> None:
+    finished.training(runs / "unfinished")
+    (runs / "unfinished/summary.json").unlink()
+    for name in ("noimages", "oddtable"):
+        shutil.copytree(runs / "eval", runs / name)
+    (runs / "noimages/images.csv").unlink()
+    table = runs / "oddtable/images.csv"
+    table.write_text(re.sub(r"0\.78\d+", "much", table.read_text()))
+    before = command.files()
+    ended = command("report", *arguments)
+    assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) <= 2 and command.files() == before
+
+
+def test_large_pictures_are_made_smaller(command: Command, runs: Path) -> None:
+    for model in ("base", "erased"):
+        for file in (runs / "eval" / model).glob("*.png"):
+            Image.effect_noise((700, 500), 90).save(file)
+    made = page(command, "eval")
+    assert len(made.source) < 24 * 80_000 and len(made.all("img")) == 24
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<script>
+for (const one of document.images) one.loading = "eager";
+addEventListener("load", () => {
+  const sizes = [...document.images].map(one => one.naturalWidth);
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.title = JSON.stringify({sizes, wide, paper: getComputedStyle(document.body).backgroundColor});
+});</script>"""
+
+
+def browse(file: Path, profile: Path, *more: str) -> tuple[str, str]:
+    """(the page as the browser has it, what it logged)."""
+    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
+    flags = [f"--{name}" for name in ("headless", "no-sandbox", *quiet, "disable-sync", "enable-logging=stderr")]
+    told = [*flags, f"--user-data-dir={profile}", "--virtual-time-budget=10000", *more, "--dump-dom", file.as_uri()]
+    ended = subprocess.run([str(CHROMIUM), *told], capture_output=True, text=True, check=True, timeout=120)
+    return ended.stdout, ended.stderr
+
+
+@pytest.mark.slow(reason="starts a browser three times")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the report was not opened in a browser")
+def test_a_browser_shows_every_picture_and_complains_of_nothing(command: Command, runs: Path, tmp_path: Path) -> None:
+    finished.evaluation(runs / "nude", runs / "cat/erased.safetensors", nudity=True)
+    for eta in (1.0, 2.0):
+        finished.training(runs / f"sweep/{eta:g}", eta=eta)
+    made = page(command, "cat", "eval", "nude", "attacks", "sweep")
+    _, log = browse(runs / "report.html", tmp_path / "profile")
+    assert "CONSOLE" not in log, log
+    # the same page, let run a script that looks at it; that it can complain is shown by one that it does not let run
+    look = made.source.replace("</body>", LOOK + "</body>")
+    (runs / "forbidden.html").write_text(look, encoding="utf-8")
+    assert "CONSOLE" in browse(runs / "forbidden.html", tmp_path / "profile")[1]
+    allowed, replaced = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", look)
+    assert replaced == 1
+    (runs / "look.html").write_text(allowed, encoding="utf-8")
+    for flags in ((), ("--window-size=500,900",), ("--blink-settings=preferredColorScheme=0",)):
+        dom, log = browse(runs / "look.html", tmp_path / "profile", *flags)
+        found = json.loads(re.search(r"<title>(.*?)</title>", dom)[1].replace("&quot;", '"'))  # type: ignore[index]
+        assert len(found["sizes"]) == len(made.all("img")) > 50 and min(found["sizes"]) > 0
+        assert found["wide"] <= 0, "nothing sticks out to the right"
+        assert "CONSOLE" not in log, log
