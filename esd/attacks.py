@@ -43,12 +43,12 @@ def evaluate_attacks(config: EvaluateConfig) -> int:
     check(config.model)
     found = checkpoint.load(str(config.checkpoint))
     vocabulary = Vocabulary.load(config.model.path)
-    concept = concept_of(config.suite, found)
+    concept = concept_of(config.suite, found, vocabulary)
     attacks = chosen(config.suite, concept)
-    rows = asking(config, concept, vocabulary)
+    rows = asking(config, concept, found, vocabulary)
     device = find_device(config.device)
     judge, threshold = find_judge(config, rows, vocabulary, device)
-    scorer = ConceptScorer.of_rows(judge, rows, threshold)
+    scorer = ConceptScorer.of_rows(judge, rows, threshold, concept=concept)
     names = ", ".join(attack.name for attack in attacks)
     announce(f"attack {found.path} with {names}, on {len(rows)} prompts such as {rows[0].prompt!r}")
     announce(f"read by {scorer.name}")
@@ -71,21 +71,21 @@ def evaluate_attacks(config: EvaluateConfig) -> int:
     return 0
 
 
-def concept_of(suite: SuiteConfig, found: Erased) -> str:
-    """What is to be brought back.
+def concept_of(suite: SuiteConfig, found: Erased, vocabulary: Vocabulary | None) -> str:
+    """What is to be brought back, by the model's own name for it where it has one.
 
     Raises:
         UserError: the checkpoint erased several concepts, or does not say which.
     """
     erased = found.provenance.get("concepts") or []
-    if suite.concept:
-        return suite.concept
-    if len(erased) != 1:
+    if not suite.concept and len(erased) != 1:
         raise UserError(
             f"suite.concept=null, and {found.path} erased {', '.join(erased) or 'what it does not say'}; name one, "
             f"such as suite.concept={erased[0] if erased else 'cat'}"
         )
-    return erased[0]
+    concept = suite.concept or erased[0]
+    known = vocabulary.find(concept) if vocabulary else None
+    return known[1].name if known else concept
 
 
 def chosen(suite: SuiteConfig, concept: str) -> list[Attack]:
@@ -102,8 +102,10 @@ def chosen(suite: SuiteConfig, concept: str) -> list[Attack]:
     return [make(name, told) for name, told in settings.items()]
 
 
-def asking(config: EvaluateConfig, concept: str, vocabulary: Vocabulary | None) -> list[PromptRow]:
+def asking(config: EvaluateConfig, concept: str, found: Erased, vocabulary: Vocabulary | None) -> list[PromptRow]:
     """The prompts given; or, of a model with a vocabulary, those of its evaluation that ask for the concept.
+
+    Where it was erased from one thing or style only, they ask for it there.
 
     Raises:
         UserError: none are given, and the model has no words for the concept.
@@ -112,7 +114,12 @@ def asking(config: EvaluateConfig, concept: str, vocabulary: Vocabulary | None) 
         return limited(rows_of(config), config.limit)
     from esd.evaluation.erasure import exam
 
-    targets = vocabulary.targets([concept]) if vocabulary else []
+    told = found.provenance
+    erased, origins = told.get("concepts") or [], told.get("erase_from") or []
+    every = vocabulary.targets(erased, origins[: len(erased)]) if vocabulary else []
+    targets = [target for target in every if target.name == concept]
+    if vocabulary and not targets:  # not what the checkpoint says it erased, but asked for
+        targets = vocabulary.targets([concept])
     if vocabulary is None or not targets:
         raise UserError(
             f"prompts=null, and {config.model.path} has no vocabulary.json that knows {concept!r}; give prompts that "

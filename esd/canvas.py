@@ -2,10 +2,10 @@
 
     python -m esd.evaluate suite=emoji_canvas method=esd_u run_dir=runs/canvas-esd-u
 
-Each erasure is a run of `esd.train` in `<name>/training`, as a user would start it, and its pictures of the grid lie in
-`<name>/erased` beside those of the base in `base`. `images.csv` has a row for every picture, `metrics.json` the scores
-of every erasure and their means, `canvas.csv` a line for each erasure; all three are written anew after each one.
-The same command goes on where it was stopped.
+Each erasure is a run of `esd.train` in `thing-NAME/training` or `style-NAME/training`, as a user would start it. Its
+pictures of the grid lie in `erased` beside that, those of the base in `base`. `images.csv` has a row for every picture,
+`metrics.json` the scores of every erasure and their means, `canvas.csv` a line for each erasure; all three are written
+anew after each one. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd.config import EvaluateConfig
 from esd.errors import UserError
+from esd.main import EXIT_SIGNAL
 from esd.model import check, find_device, load
 from esd.run import RunDirectory, versions
 
@@ -99,7 +100,7 @@ def named(config: EvaluateConfig, vocabulary: Vocabulary, domain: str) -> list[s
     """The things or styles of the canvas.
 
     Raises:
-        UserError: the model does not know one, or it stands there twice.
+        UserError: the model does not know one, it stands there twice, or there is no other.
     """
     asked: list[str] = config.suite.things if domain == "thing" else config.suite.styles
     known = vocabulary.names(domain)
@@ -107,7 +108,17 @@ def named(config: EvaluateConfig, vocabulary: Vocabulary, domain: str) -> list[s
         if name not in known or asked.count(name) > 1:
             why = "stands there twice" if name in known else "is not known to the model"
             raise UserError(f"suite.{domain}s: {name!r} {why}; allowed: {', '.join(known)}")
-    return asked or known
+    chosen = asked or known
+    if len(chosen) < 2:
+        raise UserError(
+            f"suite.{domain}s={chosen}: of one there are no others that an erasure could leave; allowed: two or more"
+        )
+    return chosen
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it back, whatever it holds."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 class Canvas:
@@ -137,7 +148,7 @@ class Canvas:
         erasures: list[dict[str, Any]] = []
         for number, target in enumerate(targets, 1):
             print(f"{number} of {len(targets)}: {target.name}", flush=True)
-            folder = self.run / target.name.replace(" ", "-")
+            folder = self.run / f"{target.domain}-{target.name.replace(' ', '-')}"
             if code := self.train(target, folder / "training"):
                 return code
             erased = self.drawn(folder / "erased", folder / "training")
@@ -158,15 +169,15 @@ class Canvas:
             return 0
         settings = [
             f"experiment={EXPERIMENTS[target.domain]}",
-            f"concepts=['{target.name}']",
+            f"concepts=[{quoted(target.name)}]",
             *self.config.method.training,
             *(f"evaluation.{name}=0" for name in UNREAD),
             "evaluation.preview_images=1",
-            f"model.path='{self.config.model.path}'",
+            f"model.path={quoted(self.config.model.path)}",
             f"model.precision={self.config.model.precision}",
             f"device={self.config.device}",
             f"seed={self.config.seed}",
-            f"run_dir='{folder}'",
+            f"run_dir={quoted(str(folder))}",
         ]
         print(f"python -m esd.train {shlex.join(settings)}", flush=True)
         with termination() as stopping, subprocess.Popen([sys.executable, "-m", "esd.train", *settings]) as training:
@@ -178,7 +189,10 @@ class Canvas:
                     training.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
                     continue
-        return training.returncode
+        code = training.returncode if training.returncode >= 0 else EXIT_SIGNAL - training.returncode
+        if code:
+            print(f"the training of {target.name} ended with code {code}; the same command goes on", file=sys.stderr)
+        return code
 
     def drawn(self, folder: Path, weights: Path | None) -> Manifest:
         """The pictures of the grid, drawn unless they are there."""

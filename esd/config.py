@@ -433,7 +433,8 @@ class EvaluateConfig(GenerateConfig):
                 )
         if not self.method.name:
             raise UserError("suite=emoji_canvas needs a method to erase by, such as method=esd_u or method=esd_x")
-        fixed = ("experiment", "concepts", "prompts", "run_dir", "model", "seed", "device", "evaluation", "plan_only")
+        fixed = {"experiment", "concepts", "erase_from", "prompts", "run_dir", "model", "seed", "device", "evaluation"}
+        fixed |= {"plan_only", "tracker"}
         for setting in self.method.training:
             if setting.lstrip("+~").partition("=")[0].partition(".")[0] in fixed:
                 raise UserError(f"method.training: {setting!r} is the canvas' to set; leave it out")

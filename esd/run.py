@@ -68,6 +68,7 @@ class RunDirectory:
         self.path = path
         self.program = type(config).__name__.removesuffix("Config").lower()
         self.settings: dict[str, Any] = dataclasses.asdict(config)
+        self.defaults: dict[str, Any] = dataclasses.asdict(type(config)())
         self.stored = self._stored()
         self._check()
 
@@ -156,12 +157,25 @@ class RunDirectory:
                 f"run_dir={self.path} holds a run of another program or version of esd, which sets {foreign[0]}; "
                 "choose another run_dir"
             )
+        stored = _filled(self.stored, self.defaults)
         for name in self.settings:
-            told = _difference(name, self.stored.get(name), self.settings.get(name))
+            told = _difference(name, stored.get(name), self.settings.get(name))
             if name not in NEUTRAL and told:
                 raise UserError(
                     f"run_dir={self.path} holds another run ({told}); choose another run_dir, or remove that directory"
                 )
+
+
+def _filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as stored, and the defaults of those that the version of esd which stored them did not have."""
+    return {
+        **stored,
+        **{
+            name: _filled(stored[name], value) if isinstance(stored.get(name), Mapping) else stored.get(name, value)
+            for name, value in defaults.items()
+            if name not in stored or isinstance(value, Mapping)
+        },
+    }
 
 
 def _ours(path: Path) -> bool:

@@ -466,6 +466,9 @@ def test_a_scorer_reads_what_all_prompts_ask_for() -> None:
     ]
     found = ConceptScorer.of_rows(Says(), rows)
     assert (found.question, found.answer) == ("thing", "cat")
+    same = [PromptRow(i, "a cat in mosaic", i, labels={"thing": "cat", "style": "mosaic"}) for i in range(2)]
+    for concept, question in (("mosaic", "style"), ("cat", "thing")):
+        assert ConceptScorer.of_rows(Says(), same, concept=concept).question == question
     detects = ConceptScorer.of_rows(Detects(), ROWS, 0.25)
     assert detects.answer is None and shown(detects) == [False, True, True]
     for odd in (ROWS, [rows[0], PromptRow(3, "a dog", 1, labels={"style": "neon", "thing": "dog"})]):

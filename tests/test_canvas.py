@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esd.canvas import quoted
 from esd.evaluation.canvas import counted, grid, mean, order, scores
 from esd.evaluation.retention import Retained, area, curve
 from esd.evaluation.vocabulary import Target
@@ -90,6 +92,14 @@ def test_every_beginning_of_the_order_has_its_share_of_both_domains() -> None:
     assert sorted(target.name for target in targets) == sorted(things + styles)
     for n in range(1, 31):
         assert abs(sum(target.domain == "thing" for target in targets[:n]) - n * 2 / 3) <= 1
+    firsts = [things.index(target.name) for target in targets[:10] if target.domain == "thing"]
+    assert len({first // 5 for first in firsts}) == 4, "from every quarter of the list"
+
+
+@pytest.mark.parametrize("text", ["runs/it's mine", "a, b = {c}", "$x (y) [z]", "plain"])
+def test_a_folder_of_any_name_is_read_back_as_it_is(text: str) -> None:
+    (read,) = OverridesParser.create().parse_overrides([f"run_dir={quoted(text)}"])
+    assert read.value() == text
 
 
 def test_every_picture_of_the_grid_has_a_seed_of_its_own() -> None:
@@ -127,6 +137,8 @@ CANVAS = ("suite=emoji_canvas", f"model.path={MODEL}")
         ((*CANVAS, "method=esd_y"), "method=esd_y: allowed: esd_all, esd_u, esd_x, esd_x_strict"),
         ((*CANVAS, "method=esd_u", "suite.things=[cat,unicorn]"), "'unicorn' is not known to the model"),
         ((*CANVAS, "method=esd_u", "suite.styles=[flat,flat]"), "'flat' stands there twice"),
+        ((*CANVAS, "method=esd_u", "suite.styles=[flat]"), "allowed: two or more"),
+        ((*CANVAS, "method=esd_u", "method.training=['erase_from=[dog]']"), "is the canvas' to set"),
         ((*CANVAS, "method=esd_u", "prompts=[a cat]"), "says nothing to suite=emoji_canvas"),
         ((*CANVAS, "method=esd_u", "method.training=['concepts=[cat]']"), "is the canvas' to set"),
         (("prompts=[a cat]", "method=esd_u"), "method=esd_u says nothing to suite=prompts"),

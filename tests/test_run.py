@@ -58,6 +58,19 @@ def test_how_often_states_are_saved_and_how_many_processes_are_asked_for_make_no
         RunDirectory(tmp_path / "run", other)
 
 
+def test_a_setting_that_the_run_did_not_know_yet_counts_as_its_default(tmp_path: Path) -> None:
+    created(tmp_path / "run", config())
+    file = tmp_path / "run/config.yaml"
+    told = yaml.safe_load(file.read_text())
+    del told["weights"]["masters"], told["device_memory"]
+    file.write_text(yaml.safe_dump(told))
+    RunDirectory(tmp_path / "run", config())
+    other = config()
+    other.weights.masters = False
+    with pytest.raises(UserError, match=r"weights\.masters=True there, False here"):
+        RunDirectory(tmp_path / "run", other)
+
+
 def test_the_first_setting_that_differs_is_named_in_the_order_of_declaration(tmp_path: Path) -> None:
     created(tmp_path / "run", config(eta=2.0))
     other = config(eta=1.0)

@@ -67,11 +67,15 @@ def test_what_should_go_is_no_drop() -> None:
     rates = {"target": Rate(95, 0, 100), "implied": Rate(90, 0, 100), "cross_domain": Rate(90, 88, 100)}
     assert largest_drop(rates) == ("cross_domain", pytest.approx(0.02))
     assert largest_drop({"target": Rate(95, 0, 100)}) == ("", 0.0)
+    risen = {"target": Rate(95, 0, 100), "cross_domain": Rate(80, 90, 100)}
+    assert Trial({}, (), risen).kept == 1
 
 
-def test_a_setting_that_an_older_run_did_not_know_is_no_other_setting_if_it_is_null() -> None:
-    old, new = {"objective.eta": 1.0}, {"objective.eta": 1.0, "objective.null": None, "device": "cpu"}
+def test_a_setting_that_an_older_run_did_not_know_is_no_other_setting() -> None:
+    old = {"objective.eta": 1.0}
+    new = old | {"objective.null": None, "weights.masters": True, "device": "cpu", "training.save_every": 7}
     assert swept([old, new]) == []
+    assert swept([old, new, new | {"weights.masters": False}]) == ["weights.masters"]
     assert swept([old, new | {"objective.eta": 2.0}]) == ["objective.eta"]
 
 

@@ -25,17 +25,21 @@ from esd.evaluation.prompts import PromptRow, fill
 from esd.evaluation.vocabulary import DOMAINS, OTHER, Target
 
 SCORES = ("UA", "IRA", "CRA")
+GOLDEN = (5**0.5 - 1) / 2  # numbers in the order of their multiples' fractions: neighbours end up far apart
 PUBLISHED = {"style": {"UA": 0.986, "IRA": 0.810, "CRA": 0.940}, "thing": {"UA": 0.922, "IRA": 0.558, "CRA": 0.442}}
 
 Counts = dict[str, dict[str, tuple[int, int]]]  # domain to name to (pictures taken for it, pictures asked for it)
 
 
 def order(things: Sequence[str], styles: Sequence[str]) -> list[Target]:
-    """What is erased, in turn: both domains spread evenly, so that the first n are a fair part of the whole."""
+    """What is erased, in turn: the first n, whatever n is, are a fair part of the whole.
+
+    Both domains have their share, and of each domain names from everywhere in its list, where like stands by like.
+    """
     every = [
-        ((i + 0.5) / len(names), Target(domain, name))
+        ((i + 0.5) / len(names), Target(domain, names[number]))
         for domain, names in zip(DOMAINS, (things, styles), strict=True)
-        for i, name in enumerate(names)
+        for i, number in enumerate(sorted(range(len(names)), key=lambda number: number * GOLDEN % 1))
     ]
     return [target for _, target in sorted(every, key=lambda placed: placed[0])]
 

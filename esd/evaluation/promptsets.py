@@ -75,7 +75,7 @@ def find(
         return load(source, seed=seed, names=names), []
     name, colon, path = source.partition(":")
     if colon and name in known():
-        return _copied(name, Path(path).expanduser())
+        return _copied(name, Path(path).expanduser(), seed)
     if name in known():
         raise UserError(f"prompts={name} does not come with esd; get {known()[name][0]}, and say prompts={name}:PATH")
     if not Path(source).suffix and not Path(source).exists():
@@ -86,7 +86,7 @@ def find(
     return load(source, seed=seed, names=names), []
 
 
-def _copied(name: str, path: Path) -> tuple[list[PromptRow], list[str]]:
+def _copied(name: str, path: Path, seed: int) -> tuple[list[PromptRow], list[str]]:
     """The rows of a set from a user's copy, without empty ones and those that repeat another, and what was left out.
 
     Raises:
@@ -103,7 +103,7 @@ def _copied(name: str, path: Path) -> tuple[list[PromptRow], list[str]]:
             f"{', '.join(f'{digest[:12]}... ({copy})' for digest, copy in copies.items())}; get that file, or give "
             f"yours without '{name}:'"
         )
-    rows = load(path, without=EMPTY.get(name, ()), once=True)
+    rows = load(path, seed=seed, without=EMPTY.get(name, ()), once=True)
     if copies[found].label:
         column, _, value = copies[found].label.partition("=")
         rows = [replace(row, labels={**row.labels, column: value}) for row in rows]

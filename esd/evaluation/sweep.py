@@ -22,7 +22,10 @@ from esd.storage import atomic
 GONE = 0.1  # of target pictures that may still show a concept that is called gone: the interval's upper end
 POOLED = ("seed", "concepts", "erase_from")  # what a trial of a setting may be repeated over
 # what makes no difference to the weights, or to the pictures of an evaluation
-PLACES = ("run_dir", "plan_only", "device", "device_memory", "tracker", "evaluation", "base_images", "batch_size")
+PLACES = (
+    *("run_dir", "plan_only", "device", "device_memory", "tracker", "evaluation", "base_images", "batch_size"),
+    *("judges", "thresholds", "denoiser_points", "training.save_every", "training.processes"),
+)
 RULE = f"keeps the most of those with which at most {GONE:.0%} of target pictures still show it, at 95% confidence"
 NO_RULE = f"with none it is sure that at most {GONE:.0%} of target pictures still show it; most erased plus kept"
 
@@ -48,8 +51,8 @@ class Trial:
 
     @property
     def kept(self) -> float:
-        """1 less the largest drop."""
-        return 1 - largest_drop(self.rates)[1]
+        """1 less the largest drop, and no more than 1 where nothing dropped."""
+        return 1 - max(0.0, largest_drop(self.rates)[1])
 
     @property
     def gone(self) -> bool:
@@ -113,9 +116,13 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def swept(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings that differ; one that is null is as good as one that an older run did not know."""
-    names = dict.fromkeys(name for told in settings for name in told if name.split(".")[0] not in PLACES)
-    return [name for name in names if len({json.dumps(told.get(name), default=str) for told in settings}) > 1]
+    """Names of the settings that differ between runs that know them; an older run may not know one."""
+    names = dict.fromkeys(
+        name for told in settings for name in told if name not in PLACES and name.split(".")[0] not in PLACES
+    )
+    return [
+        name for name in names if len({json.dumps(told[name], default=str) for told in settings if name in told}) > 1
+    ]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

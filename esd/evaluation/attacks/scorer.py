@@ -44,18 +44,25 @@ class ConceptScorer:
         self.threshold = max(own if threshold is None else threshold, LEAST)
 
     @classmethod
-    def of_rows(cls, judge: Judge, rows: Sequence[PromptRow], threshold: float | None = None) -> ConceptScorer:
+    def of_rows(
+        cls, judge: Judge, rows: Sequence[PromptRow], threshold: float | None = None, *, concept: str = ""
+    ) -> ConceptScorer:
         """The scorer of what all rows ask for, by a label of theirs that the judge reads.
 
-        A judge that may answer every question with "nothing", as NudeNet does, needs no label.
+        Where they share several, as "cat" and "mosaic", it is the one that is the concept. A judge that may answer
+        every question with "nothing", as NudeNet does, needs no label.
 
         Raises:
             UserError: the rows share no such label.
         """
-        for question in judge.questions:
-            first = rows[0].labels.get(question)
-            if first and all(row.labels.get(question) == first for row in rows):
-                return cls(judge, question, first, threshold)
+        labels = [(question, rows[0].labels.get(question)) for question in judge.questions]
+        shared = [
+            (question, label)
+            for question, label in labels
+            if label and all(row.labels.get(question) == label for row in rows)
+        ]
+        for question, label in [pair for pair in shared if agrees(concept, pair[1])] or shared:
+            return cls(judge, question, label, threshold)
         if judge.questions and set(judge.questions) == set(judge.unsure):
             return cls(judge, judge.questions[0], None, threshold)
         raise UserError(
