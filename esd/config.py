@@ -384,7 +384,7 @@ class EvaluateConfig(GenerateConfig):
 
     run_dir: str | None = option(None, "where results go; null is runs/evaluate-<prompts and checkpoint>")
     base_images: str | None = option(
-        "runs/base-images",
+        "runs/.base-images",
         "a folder in which the base's images are kept and found again, whatever the run; null keeps none",
     )
     limit: int | None = option(

@@ -70,7 +70,7 @@ def test_the_same_command_draws_nothing_anew_and_other_settings_are_refused(
 
 def test_another_erased_model_finds_the_images_of_the_base(command: Command, asked: tuple[str, ...]) -> None:
     assert command("evaluate", *asked).code == 0
-    kept = list((command.folder / "runs/base-images").iterdir())
+    kept = list((command.folder / "runs/.base-images").iterdir())
     assert len(kept) == 6
     for file in kept:  # a mark that only a copy has
         file.write_bytes(file.read_bytes() + b"kept")

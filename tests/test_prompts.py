@@ -184,6 +184,15 @@ def test_a_template_that_names_what_is_erased_itself_cannot_be_preserved(
         spared_prompts(["a {thing} in neon", template], vocabulary, erased)
 
 
+def test_a_prompt_that_names_what_is_erased_beside_another_is_not_preserved(vocabulary: Vocabulary) -> None:
+    erased = vocabulary.targets(["cat"])
+    assert spared_prompts(["a {thing} beside a dog"], vocabulary, erased) == [
+        ["a dog beside a dog", "a rose beside a dog"]
+    ]
+    with pytest.raises(UserError, match="names what is erased"):
+        spared_prompts(["a dog beside a cat"], vocabulary, erased)
+
+
 def test_a_concept_is_trained_on_with_all_that_is_not_erased(vocabulary: Vocabulary) -> None:
     erased = vocabulary.targets(["cat", "mosaic"])
     assert expand_prompts(["a cat in {style}", "a {thing} in mosaic"], vocabulary, but=erased) == [

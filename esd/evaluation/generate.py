@@ -30,6 +30,7 @@ from esd.evaluation.prompts import PromptRow
 from esd.families import Family
 from esd.storage import atomic, write_json
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, of a broken file
 STOCK_MULTIPLE = 8  # of pixels: stock pipelines take no other sizes, whatever their autoencoder
 
 
@@ -276,7 +277,7 @@ def _found(planned: Manifest, image: Drawn, kept: Path | None) -> bool:
     try:
         with Image.open(source) as opened:
             opened.load()
-    except (OSError, SyntaxError):  # Pillow's, of a broken PNG
+    except UNREADABLE:
         return False
     _copy(source, planned.folder / image.file)
     return True

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from esd.evaluation.distances import fid, kid
-from esd.evaluation.generate import Drawn, Manifest
+from esd.evaluation.generate import UNREADABLE, Drawn, Manifest
 from esd.evaluation.judges import Judge, PairJudge, PromptJudge
 from esd.evaluation.table import Row
 from esd.evaluation.vocabulary import Target
@@ -32,7 +32,7 @@ def opened(path: Path) -> Picture:
             return np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         return "missing"
-    except (OSError, SyntaxError, ValueError):  # Pillow's, of a broken file
+    except UNREADABLE:
         return "corrupt"
 
 

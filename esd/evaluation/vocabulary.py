@@ -136,7 +136,11 @@ class Vocabulary:
         return targets
 
     def named(self, text: str) -> dict[str, str]:
-        """{domain: name} of the first thing and the first style that a text names.
+        """{domain: name} of the first thing and the first style that a text names; see `mentioned`."""
+        return dict(reversed(self.mentioned(text)))
+
+    def mentioned(self, text: str) -> list[tuple[str, str]]:
+        """(domain, name) of everything that a text names, in its order.
 
         A synonym counts as its name; of words that begin alike the longest counts, so that "hot dog" is no dog.
         """
@@ -147,8 +151,7 @@ class Vocabulary:
             for word in (entry.name, *entry.synonyms)
         }
         longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-        found = [words[word] for word in re.findall(rf"(?<!\w)(?:{longest_first})(?!\w)", text.lower())]
-        return dict(reversed(found))
+        return [words[word] for word in re.findall(rf"(?<!\w)(?:{longest_first})(?!\w)", text.lower())]
 
     def neighbours(self, domain: str, name: str) -> list[str]:
         """The other names of a domain, those of the same group first."""
@@ -189,16 +192,17 @@ def spared_prompts(
     Raises:
         UserError: see `expand_prompts`; or whatever a template stands for names what is erased.
     """
+
+    def touches(names: set[tuple[str, str]]) -> bool:
+        return any(
+            (t.domain, t.name) in names and (t.within is None or (OTHER[t.domain], t.within) in names) for t in erased
+        )
+
     spared = []
     for template in templates:
-        written = vocabulary.named(template) if vocabulary else {}
-        spared.append(
-            [
-                prompt
-                for prompt, told in _filled(template, vocabulary, ())
-                if not any(t.meant(written | told) or t.meant(told | written) for t in erased)
-            ]
-        )
+        written = set(vocabulary.mentioned(template) if vocabulary else ())
+        filled = _filled(template, vocabulary, ())
+        spared.append([prompt for prompt, told in filled if not touches(written | set(told.items()))])
         if not spared[-1]:
             raise UserError(
                 f"preserve.prompts: {template!r} names what is erased, which cannot be preserved too; write {{thing}} "

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from esd.evaluation.generate import UNREADABLE
 from esd.evaluation.runs import Run
 from esd.evaluation.table import Row, read_table
 
@@ -23,7 +24,6 @@ EDGE, WIDE = 320, 1400  # longest edge of a picture in a grid, and of a preview;
 SHOWN = {"targets": 12, "others": 12, "attacked": 8}  # pictures of each kind on a page
 UNSAFE = ("nudity", "nsfw")  # questions whose sure answers are not for every eye
 UNSAFE_JUDGES = ("nudenet", "nsfw")  # which ask nothing else
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's
 
 Place = tuple[str, str]  # case number and sample
 
