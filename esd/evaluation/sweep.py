@@ -116,13 +116,11 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def swept(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings that differ between runs that know them; an older run may not know one."""
+    """Names of the settings that differ; one that is null is as good as one that an older run did not know."""
     names = dict.fromkeys(
         name for told in settings for name in told if name not in PLACES and name.split(".")[0] not in PLACES
     )
-    return [
-        name for name in names if len({json.dumps(told[name], default=str) for told in settings if name in told}) > 1
-    ]
+    return [name for name in names if len({json.dumps(told.get(name), default=str) for told in settings}) > 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
