@@ -133,11 +133,7 @@ def resolve(
     Raises:
         SelectionError: the expression is malformed, one of its patterns matches nothing, or nothing is left.
     """
-    parser = _Parser(expression, infos, presets, model_name, aliases, absent)
-    names = parser.parse()
-    chosen = [info for info in infos if info.name in names]
-    if not chosen:
-        raise SelectionError(f"selection {expression!r} leaves nothing of {model_name}; remove a '-' or '&' term")
+    chosen, used = choose(expression, infos, presets, model_name, aliases=aliases, absent=absent)
     numel = sum(info.numel for info in chosen)
     table: dict[str, tuple[int, int]] = {}
     for info in chosen:
@@ -151,8 +147,30 @@ def resolve(
         share=numel / sum(info.numel for info in infos),
         model=model_name,
         table=tuple((role, *counts) for role, counts in table.items()),
-        notes=tuple(f"{name}: {notes[name]}" for name in dict.fromkeys(parser.used) if name in notes),
+        notes=tuple(f"{name}: {notes[name]}" for name in used if name in notes),
     )
+
+
+def choose(
+    expression: str,
+    infos: Sequence[ParameterInfo],
+    presets: Mapping[str, Preset],
+    model_name: str,
+    *,
+    aliases: Mapping[str, str] = ALIASES,
+    absent: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[list[ParameterInfo], list[str]]:
+    """Those of `infos` that an expression names, in their order, and the presets that it uses; see `resolve`.
+
+    Raises:
+        SelectionError: the expression is malformed, one of its patterns matches nothing, or nothing is left.
+    """
+    parser = _Parser(expression, infos, presets, model_name, aliases, absent)
+    found = parser.parse()
+    chosen = [info for info in infos if info in found]
+    if not chosen:
+        raise SelectionError(f"selection {expression!r} leaves nothing of {model_name}; remove a '-' or '&' term")
+    return chosen, list(dict.fromkeys(parser.used))
 
 
 def check(expression: str) -> None:
@@ -160,6 +178,7 @@ def check(expression: str) -> None:
     _Grammar(expression, (), {}, "", {}, {}).parse()
 
 
+_Found = frozenset[ParameterInfo]
 _TOKEN = re.compile(r"\s*(?:([+&()\-])|([^\s+&()\-]+))")
 _WORD = re.compile(r"(?P<word>\w+)(?:\[(?P<range>[\d:]+)\])?$")
 _RANGE = re.compile(r"(?P<low>\d*)(?P<colon>:?)(?P<high>\d*)$")
@@ -187,11 +206,11 @@ class _Parser:
         self.at = 0
         self.words = {slot: {getattr(info, slot) for info in infos} - {None} for slot in SLOTS}
 
-    def parse(self) -> frozenset[str]:
-        names = self.sum()
+    def parse(self) -> _Found:
+        found = self.sum()
         if self.at < len(self.tokens):
             raise self.malformed(f"{self.tokens[self.at]!r} was not expected there")
-        return names
+        return found
 
     def peek(self) -> str | None:
         return self.tokens[self.at] if self.at < len(self.tokens) else None
@@ -202,32 +221,32 @@ class _Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def sum(self) -> frozenset[str]:
-        names = self.product()
+    def sum(self) -> _Found:
+        found = self.product()
         while self.peek() in ("+", "-"):
-            names = names | self.product() if self.next() == "+" else names - self.product()
-        return names
+            found = found | self.product() if self.next() == "+" else found - self.product()
+        return found
 
-    def product(self) -> frozenset[str]:
-        names = self.atom()
+    def product(self) -> _Found:
+        found = self.atom()
         while self.peek() == "&":
             self.next()
-            names &= self.atom()
-        return names
+            found &= self.atom()
+        return found
 
-    def atom(self) -> frozenset[str]:
+    def atom(self) -> _Found:
         token = self.next()
         if token == "(":
-            names = self.sum()
+            found = self.sum()
             if self.peek() != ")":
                 raise self.malformed("a ')' is missing")
             self.next()
-            return names
+            return found
         if token in "+-&)":
             raise self.malformed(f"{token!r} was not expected there")
         return self.pattern(token)
 
-    def pattern(self, token: str) -> frozenset[str]:
+    def pattern(self, token: str) -> _Found:
         """The parameters one pattern names: a preset, `all`, a name glob or a role path."""
         if token in self.presets:
             preset = self.presets[token]
@@ -244,7 +263,7 @@ class _Parser:
             found = self.role(token)
         if not found:
             raise self.nothing(token)
-        return frozenset(info.name for info in found)
+        return frozenset(found)
 
     def role(self, token: str) -> list[ParameterInfo]:
         """Parameters on a dotted path through the slots."""
@@ -307,7 +326,7 @@ class _Parser:
 class _Grammar(_Parser):
     """Reads an expression without a model: any word may name something, so only its form is held against it."""
 
-    def pattern(self, token: str) -> frozenset[str]:
+    def pattern(self, token: str) -> _Found:
         for piece in () if token.startswith("name:") else token.split("."):
             if not piece or not (_RANGE.match(piece) or _WORD.match(piece)):
                 raise self.no_word(piece)

@@ -234,7 +234,7 @@ def times(rule: TimeRule, solver: Any) -> Times:
     config: Any = solver.config
     n, total = int(solver.num_inference_steps), int(config.num_train_timesteps)
     if rule in ("visited", "index"):
-        stops = _first_stages(solver) if rule == "visited" else range(n)
+        stops = first_stages(solver) if rule == "visited" else range(n)
         return Times(tuple(stops), tuple(solver.timesteps[list(stops)].tolist()), (1,) * len(stops), 0, True)
     if rule not in get_args(TimeRule):
         raise UserError(f"time_rule is {rule!r}; allowed: {', '.join(get_args(TimeRule))}")
@@ -252,7 +252,7 @@ def times(rule: TimeRule, solver: Any) -> Times:
     return Times(tuple(stops), tuple(float(top - int(k / n * total)) for k in stops), (1,) * len(stops), 0, False)
 
 
-def _first_stages(solver: Any) -> list[int]:
+def first_stages(solver: Any) -> list[int]:
     """Indices of `solver.timesteps` where a step begins, not one of its inner stages."""
     count = len(solver.timesteps)
     if isinstance(solver, PNDMScheduler):

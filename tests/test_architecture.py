@@ -20,7 +20,7 @@ PACKAGE = ROOT / "esd"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "objectives", "seeding", "selection"),
     1: ("families", "weights", "lora", "float8"),
-    2: ("trajectory", "sources", "checkpoint", "storage", "progress"),
+    2: ("trajectory", "sources", "checkpoint", "storage", "progress", "interventions"),
     3: ("plan", "trainer", "description", "memory", "evaluation"),
     4: (
         *("config", "run", "model", "main", "drawing", "judging"),

@@ -25,39 +25,16 @@ from esd.sources import Bank, Conditions, Sampling
 from esd.trajectory import rollout
 from esd.weights import WeightViews
 from tests import tiny
+from tests.families import FEW_WORDS, GUIDANCE, make, shared
 from tests.plans import PLAN, SAMPLING
 
 PROMPTS = ["a cat", "the dog in mosaic style"]
-GUIDANCE = {  # as each model is sampled
-    "sd1": 3.0, "sd2-v": 3.0, "sdxl": 3.0, "sdxl-turbo": 0.0, "sd3": 3.0, "sd3.5": 3.0,
-    "flux-dev": 3.5, "flux-schnell": 0.0, "klein": 1.0, "klein-base": 4.0,
-}  # fmt: skip
-FEW_WORDS = {"sd3", "sd3.5", "flux-dev", "flux-schnell", "klein", "klein-base"}
-
 LONG = dataclasses.replace(  # every update sees the whole bank, so that one loss can be compared with another
     PLAN, sampling=SAMPLING, selection="esd_x", rollouts=2, reuse=60, updates=20, batch_size=6, lr=4e-3,
     objective=Objective(eta=2.0),
 )  # fmt: skip
 
 every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
-
-
-def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A fresh family, reading few tokens of a prompt."""
-    family = family_of(tiny.every(name).to(dtype))
-    if name in FEW_WORDS:
-        family.max_tokens = tiny.TOKENS  # type: ignore[attr-defined]
-    return family
-
-
-FAMILIES: dict[str, Any] = {}
-
-
-def shared(name: str) -> Any:
-    """One family for all tests that only read it."""
-    if name not in FAMILIES:
-        FAMILIES[name] = make(name)
-    return FAMILIES[name]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

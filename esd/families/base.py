@@ -79,6 +79,9 @@ class Family(ABC):
         preset_notes: what a preset means here, where its name alone would mislead; told whenever it is used.
         aliases: the model's own words for roles, such as attn2 for cross.
         absent: roles that this architecture has not, with what to say instead.
+        time_unit: what the denoiser is told for a time of 1 of the scheduler's.
+        stacks_passes: whether the stock pipeline evaluates null prompt and prompt in one batch, in this order; else
+            it calls the denoiser for the prompt, and for the null prompt after it.
         dtype: floating-point type of the base's denoiser.
         device: where work is done; `place` brings there what the work needs.
     """
@@ -88,6 +91,8 @@ class Family(ABC):
     preset_notes: ClassVar[Mapping[str, str]] = {}
     aliases: ClassVar[Mapping[str, str]] = ALIASES
     absent: ClassVar[Mapping[str, str]] = {}
+    time_unit: ClassVar[float] = 1.0
+    stacks_passes: ClassVar[bool] = True
 
     guidance: Guidance
     pipe: Any

@@ -1,0 +1,145 @@
+"""What moment of sampling a call of the denoiser belongs to: scheduler step, pass, and rows of the batch.
+
+Calls are never counted. Heun and PNDM call the denoiser more often than they step, SDE solvers skip calls, and a
+pipeline may evaluate its prompt in one batch with the null prompt or one after the other. So the step is read off the
+scheduler's own times, where a time that stands there twice is told apart by the steps taken, and the pass off the
+layout that the family and its pipeline have.
+"""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from esd.errors import UserError
+from esd.families import Family
+from esd.trajectory import first_stages
+
+Pass = Literal["cond", "uncond"]
+Scope = tuple[int, int] | tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a call of the denoiser is made.
+
+    Attributes:
+        step: of the scheduler, 0 the first, `num_steps` after the last; None where nothing samples.
+        num_steps: of the scheduler; None where nothing samples.
+        stage: which evaluation of the step it is, 0 the first; solvers of higher order make several.
+        passes: what the batch consists of, one after the other, each of `rows` samples.
+        rows: samples.
+        text_tokens: of each text, as the denoiser gets them; None where it gets none.
+    """
+
+    step: int | None
+    num_steps: int | None
+    stage: int
+    passes: tuple[Pass, ...]
+    rows: int
+    text_tokens: int | None
+
+    def within(self, scope: Scope) -> bool:
+        """Whether the step lies in a half-open range of steps: of numbers, or of fractions of all of them.
+
+        Raises:
+            UserError: nothing samples, so that there are no steps.
+        """
+        if scope is None:
+            return True
+        if self.step is None or self.num_steps is None:
+            raise UserError(f"steps={scope}: the denoiser was called outside of sampling, where there are no steps")
+        low, high = scope
+        if isinstance(low, float) or isinstance(high, float):
+            low, high = round(low * self.num_steps), round(high * self.num_steps)
+        return low <= self.step < high
+
+    def positions(self, on: Pass | Literal["both"], rows: Sequence[int] | None) -> list[int]:
+        """Rows of the batch that are these samples in these passes."""
+        samples = range(self.rows) if rows is None else rows
+        starts = [i * self.rows for i, name in enumerate(self.passes) if on in ("both", name)]
+        return [start + row for start in starts for row in samples]
+
+
+class Clock:
+    """Tells the moment of each call of a denoiser.
+
+    Args:
+        family: of the model.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._solver: Any = None
+        self._passes: tuple[Pass, ...] | None = None  # told; else what the pipeline's settings say
+        self._steps_at: Counter[float] = Counter()  # scheduler steps taken from each time
+        self._entry: int | None = None
+        self._since_step = 0  # calls since the last step: pipelines with separate passes call twice
+
+    def tell(self, solver: Any, entry: int, passes: tuple[Pass, ...]) -> None:
+        """The next calls are made for entry `entry` of the solver's times, with these passes in each batch."""
+        self._solver, self._entry, self._passes = solver, entry, passes
+
+    @contextmanager
+    def following(self, solver: Any) -> Iterator[None]:
+        """Watches a pipeline's scheduler begin and step, for the length of a `with` block."""
+        begin, step = solver.set_timesteps, solver.step
+
+        @functools.wraps(begin)  # pipelines ask for its signature
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self._solver, self._entry, self._passes, self._since_step = solver, None, None, 0
+            self._steps_at.clear()
+            return begin(*args, **kwargs)
+
+        @functools.wraps(step)
+        def stepped(prediction: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+            self._steps_at[float(t)] += 1
+            self._since_step = 0
+            return step(prediction, t, *args, **kwargs)
+
+        solver.set_timesteps, solver.step = set_timesteps, stepped
+        try:
+            yield
+        finally:
+            del solver.set_timesteps, solver.step
+
+    def moment(self, batch: int, t: torch.Tensor | float, text_tokens: int | None) -> Moment:
+        """The moment of a call.
+
+        Args:
+            batch: its rows.
+            t: the time it was told, in the denoiser's own units.
+            text_tokens: see `Moment`.
+        """
+        self._since_step += 1
+        passes = self._passes or self._pipeline_passes()
+        if self._solver is None:
+            return Moment(None, None, 0, passes, batch // len(passes), text_tokens)
+        entry = self._entry if self._entry is not None else self._entry_of(float(torch.as_tensor(t).flatten()[0]))
+        begins = first_stages(self._solver)
+        step = bisect_right(begins, entry) - 1 if entry < len(self._solver.timesteps) else len(begins)
+        stage = entry - begins[step] if step < len(begins) else 0
+        return Moment(step, len(begins), stage, passes, batch // len(passes), text_tokens)
+
+    def _entry_of(self, t: float) -> int:
+        """Which of the scheduler's times t is; of equal ones, the one that follows the steps taken from it."""
+        apart = (self._solver.timesteps.float() - t / self._family.time_unit).abs()
+        equal = torch.nonzero(apart == apart.min()).flatten().tolist()
+        taken = self._steps_at[float(self._solver.timesteps[equal[0]])]
+        return int(equal[min(taken, len(equal) - 1)])
+
+    def _pipeline_passes(self) -> tuple[Pass, ...]:
+        """As the stock pipelines have it: one batch of both halves, or the prompt first and the null prompt after."""
+        if self._solver is None:
+            return ("cond",)
+        if not self._family.stacks_passes:
+            return ("uncond",) if self._since_step == 2 else ("cond",)
+        guided = self._family.guidance == "cfg" and self._family.pipe.do_classifier_free_guidance
+        return ("uncond", "cond") if guided else ("cond",)

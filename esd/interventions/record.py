@@ -1,0 +1,148 @@
+"""`Record` keeps what passes through sites; `Recording` is what it kept, to look at or to patch into another run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esd.errors import UserError
+
+from .clock import Pass
+from .hooks import Call, SiteOp
+from .sites import Site, Stream, Streams
+
+What = Literal["input", "output", "contribution"]
+
+
+class Key(NamedTuple):
+    """Of what a tensor is: site and stream, and the call it was seen in."""
+
+    path: str
+    stream: Stream
+    step: int | None
+    stage: int
+    passes: tuple[Pass, ...]
+
+    @classmethod
+    def of(cls, call: Call, stream: Stream) -> Key:
+        """Of one stream at the site of a call."""
+        return cls(call.site.path, stream, call.moment.step, call.moment.stage, call.moment.passes)
+
+
+@dataclass
+class Recording:
+    """Tensors that passed through sites.
+
+    Attributes:
+        what: of each site, see `Record`.
+        on: the pass they are of, or "both".
+        whole: whether they are as they were, and not reduced.
+        values: a tensor on the CPU for each site, stream and evaluation of the denoiser; rows are those that the op was
+            confined to, of each pass after the other. Outside of sampling, of the latest call.
+        labels: path to the label of the site.
+    """
+
+    what: What
+    on: str
+    whole: bool
+    values: dict[Key, Tensor] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gib(self) -> float:
+        """What it holds."""
+        return sum(kept.nbytes for kept in self.values.values()) / 2**30
+
+    def of(self, label: str, stream: Stream = "image") -> Tensor:
+        """All steps of one site, stacked (steps, rows, ...); of several evaluations in a step the first.
+
+        Raises:
+            UserError: it holds nothing of that site or stream.
+        """
+        found = [
+            kept for key, kept in self.values.items()
+            if self.labels[key.path] == label and key.stream == stream and not key.stage and "cond" in key.passes
+        ]  # fmt: skip
+        if not found:
+            known = ", ".join(sorted(set(self.labels.values())))
+            raise UserError(f"nothing was recorded of the {stream} stream of {label!r}; recorded: {known}")
+        return torch.stack(found)
+
+    def check(self, site: Site, what: str) -> None:
+        """Raises UserError unless it can stand for a site's `what`."""
+        if not self.whole or self.what != what:
+            kept = f"{self.what}, {'whole' if self.whole else 'reduced'}"
+            raise UserError(f"Patch(what={what!r}) of a recording that holds the {kept}; record what={what!r} whole")
+        if site.path not in self.labels:
+            raise UserError(f"Patch: the recording holds nothing of {site.label}; record it with the same `where`")
+
+    def batch(self, call: Call, stream: Stream, like: Tensor) -> Tensor:
+        """A tensor as `like` (b, ...) with the recorded rows at the call's positions.
+
+        Raises:
+            UserError: nothing was recorded in this step, or for another number of rows.
+        """
+        kept = self.values.get(Key.of(call, stream))
+        if kept is None or len(kept) != len(call.positions):
+            seen = "nothing was" if kept is None else f"{len(kept)} rows were"
+            raise UserError(
+                f"Patch: of {call.site.label} {seen} recorded in step {call.moment.step}, {len(call.positions)} are "
+                "wanted; sample both runs alike, with the same prompts, steps, rows and pass"
+            )
+        return like.index_copy(0, torch.tensor(call.positions, device=like.device), kept.to(like))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(SiteOp):
+    """Keeps what passes through sites in `recording`; changes nothing.
+
+    Attributes:
+        what: a site's "input", "output", or "contribution" (output - input of a residual site).
+        reduce: applied to each tensor (rows, ...) before it is kept, rows first in what it returns; None keeps it
+            whole.
+        max_gib: most memory that is kept.
+        recording: what was kept.
+    """
+
+    what: What = "output"
+    reduce: Callable[[Tensor], Tensor] | None = None
+    max_gib: float = 4.0
+    recording: Recording = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Makes an empty recording."""
+        super().__post_init__()
+        if self.what not in ("input", "output", "contribution"):
+            raise UserError(f"Record(what={self.what!r}): allowed: input, output, contribution")
+        object.__setattr__(self, "recording", Recording(self.what, self.on, self.reduce is None))
+
+    def check(self, site: Site) -> None:
+        """Notes the site; raises UserError for the contribution of a layer that changes shape."""
+        if self.what == "contribution" and site.changes_shape:
+            raise UserError(f"Record: {site.label} changes the shape of what goes through; record its output")
+        self.recording.labels[site.path] = site.label
+
+    def after(self, call: Call) -> Streams | None:
+        """Keeps the tensors; changes nothing."""
+        found = call.inputs if self.what == "input" else call.outputs
+        for name in call.site.streams:
+            if name not in found:
+                continue
+            value = found[name]
+            if self.what == "contribution" and call.site.residual:
+                value = value - call.inputs[name]
+            self._keep(call, name, value.detach()[call.positions])
+        return None
+
+    def _keep(self, call: Call, stream: Stream, value: Tensor) -> None:
+        value = self.reduce(value) if self.reduce else value
+        self.recording.values[Key.of(call, stream)] = value.to("cpu", copy=True)
+        if self.recording.gib > self.max_gib:
+            raise UserError(
+                f"Record: what {self.where!r} keeps takes more than max_gib={self.max_gib:g}; reduce it (such as by "
+                "reduce=lambda x: x.flatten(1).norm(dim=1)), name fewer sites or steps, or raise max_gib"
+            )

@@ -1,0 +1,92 @@
+"""`sample`: draw with interventions by this package's own rollout, which draws what the stock pipeline draws.
+
+drawn = sample(family, ["a cat"], [0], InjectText("up.cross", source=Source("a dog", 0)))
+drawn.images  # (1, 3, H, W) in [0, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esd.errors import UserError
+from esd.families import Family
+from esd.families.base import Denoiser
+from esd.trajectory import Trajectory, rollout
+
+from .clock import Pass
+from .hooks import Op, Source, attach, source_of
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was sampled; rows are the prompts asked for.
+
+    Attributes:
+        latents: clean (b, c, h, w).
+        trajectory: what the rollout passed through, sources included as its last rows.
+        family: that drew them.
+    """
+
+    latents: Tensor
+    trajectory: Trajectory
+    family: Family
+
+    @property
+    def images(self) -> Tensor:
+        """Decoded (b, 3, H, W), float32 in [0, 1]."""
+        return self.family.decode(self.latents)
+
+
+def sample(
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *ops: Op,
+    num_steps: int = 20,
+    guidance_scale: float = 4.0,
+    scheduler: str | None = None,
+    null: str | None = None,
+    denoiser: Denoiser | None = None,
+) -> Drawn:
+    """Samples prompts under ops.
+
+    Args:
+        family: of the model, with its parts on their device.
+        prompts: b texts.
+        seeds: b seeds, of noise as `esd.generate` draws it.
+        ops: in the order they work at a site. Sources they name are drawn in the same batch, without ops.
+        num_steps: sampling steps.
+        guidance_scale: see `esd.trajectory.rollout`.
+        scheduler: see `Family.scheduler`.
+        null: the negative prompt; None for the model's own.
+        denoiser: callable like the family's denoiser, such as a teacher view of it; None for that itself.
+
+    Raises:
+        UserError: an op cannot work on this model, see `attach`.
+        ValueError: not as many seeds as prompts.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
+    if not prompts:
+        raise UserError("no prompt to sample; give one")
+    sources = list(dict.fromkeys(s for op in ops if isinstance(s := source_of(op), Source)))
+    rows = {source: len(prompts) + i for i, source in enumerate(sources)}
+    every = [*prompts, *(source.prompt for source in sources)]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in [*seeds, *(source.seed for source in sources)]]
+    guided = family.guidance == "cfg" and guidance_scale > 1
+    passes: tuple[Pass, ...] = ("uncond", "cond") if guided else ("cond",)
+    with torch.no_grad():
+        cond = family.encode(every)
+        empty = family.null() if null is None else family.encode([null])
+        noise = family.initial_noise(generators)
+    with attach(family, *ops, sources=rows) as hooks:
+        hooks.expect(passes)
+        trajectory = rollout(
+            family, denoiser or family.denoiser, noise, cond, empty, num_steps=num_steps,
+            guidance_scale=guidance_scale, scheduler=scheduler, generators=generators, edit=hooks.edit,
+        )  # fmt: skip
+    return Drawn(trajectory.final[: len(prompts)], trajectory, family)

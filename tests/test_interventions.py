@@ -1,0 +1,303 @@
+"""Interventions leave no trace, know when they are called, and do what their formulas say, on every family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from torch import Tensor, nn
+
+from esd.errors import UserError
+from esd.families import Family
+from esd.families.base import Conditioning
+from esd.interventions import (
+    CrossSeed,
+    Graft,
+    InjectText,
+    Patch,
+    Record,
+    Scale,
+    Skip,
+    Source,
+    Transplant,
+    attach,
+    layers,
+    resolve,
+    sample,
+)
+from esd.selection import SelectionError
+from tests import tiny
+from tests.families import GUIDANCE, make, shared
+
+every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
+UNETS = ("sd1", "sd2-v", "sdxl", "sdxl-turbo")
+MMDITS = tuple(name for name in tiny.PIPELINES if name not in UNETS)
+TEXT = dict.fromkeys(UNETS, "cross") | dict.fromkeys(MMDITS, "double + single") | {"sd3": "double", "sd3.5": "double"}
+A, B = "a cat", "the dog in mosaic style"
+
+
+def drawn(name: str, *ops: Any, prompts: Any = (A,), seeds: Any = (0,), family: Family | None = None) -> Tensor:
+    """Latents of a few steps under ops."""
+    found = family or shared(name)
+    return sample(found, list(prompts), list(seeds), *ops, num_steps=3, guidance_scale=GUIDANCE[name]).latents
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
+
+
+@every
+def test_nothing_is_left_behind_even_after_an_exception(name: str) -> None:
+    family = make(name)
+    before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
+    plain = drawn(name, family=family)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in family.denoiser.modules()]
+    skipped = drawn(name, Skip(layers(family)[-1].label if name in MMDITS else "mid"), family=family)
+    assert not torch.equal(skipped, plain)
+    twice = Graft("all", weights={key: 2 * value for key, value in before.items()})
+    with pytest.raises(ZeroDivisionError):
+        drawn(name, twice, Record("all - out", reduce=lambda _: torch.zeros(1 // 0)), family=family)
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in family.denoiser.modules()]
+    assert all(torch.equal(value, before[key]) for key, value in family.denoiser.state_dict().items())
+    assert torch.equal(drawn(name, family=family), plain)
+    assert not {"step", "set_timesteps"} & set(vars(family.pipe.scheduler))
+
+
+@every
+def test_what_a_run_injects_into_itself_changes_nothing(name: str) -> None:
+    itself = Source(A, 0)
+    plain = drawn(name)
+    for op in (
+        InjectText(TEXT[name], source=itself),
+        InjectText(TEXT[name], source=itself, flow=False),
+        CrossSeed(" + ".join(dict.fromkeys(site.stack for site in layers(shared(name)))) if name in MMDITS else "cross",
+                  source=itself),
+        Patch("ff", source=itself),
+    ):  # fmt: skip
+        assert close(drawn(name, op), plain), op
+
+
+@every
+def test_another_prompts_text_at_every_layer_that_reads_it_is_that_prompt(name: str) -> None:
+    """... with the own noise and the own pooled prompt; where the text flows on, at the first layer alone."""
+    family = shared(name)
+    where = TEXT[name] if name in UNETS else "double[0]"
+    injected = drawn(name, InjectText(where, source=Source(B, 5), on="cond"))
+    own, other = family.encode([A]), family.encode([B])
+    mixed = Conditioning({**own.tensors, "encoder_hidden_states": other.tensors["encoder_hidden_states"]})
+    family._encoded["mixed"] = mixed
+    assert close(injected, drawn(name, prompts=["mixed"]))
+    assert not close(injected, drawn(name))
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "klein", "klein-base"])
+def test_a_weight_on_the_text_is_lost_in_the_last_single_block(name: str) -> None:
+    family, other = shared(name), Source(B, 1)
+    last = layers(family)[-1].label.replace(".", "[") + "]"
+    one, ten = (drawn(name, InjectText(last, source=other, weight=w, flow=False)) for w in (1.0, 10.0))
+    assert torch.equal(one, ten) and not close(one, drawn(name))
+    one, ten = (drawn(name, InjectText("double[0]", source=other, weight=w, flow=False)) for w in (1.0, 10.0))
+    assert not close(one, ten)
+
+
+@pytest.mark.parametrize("name", MMDITS)
+def test_the_other_seed_comes_in_after_the_first_layer_only(name: str) -> None:
+    def apart(where: str) -> float:
+        one, two = (drawn(name, Transplant(where, source=Source(B, seed))) for seed in (1, 2))
+        return float((one - two).abs().max())
+
+    second = "double[1].text" if name in ("sd3", "sd3.5") else "single[0].text"
+    assert apart(second) > max(1e-6, 5 * apart("double[0].text"))
+
+
+@every
+def test_every_contribution_of_another_model_makes_its_picture(name: str) -> None:
+    base, changed = shared(name), make(name)
+    for parameter in changed.denoiser.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    where = "all - out"
+    record = Record(where, what="contribution") if name in MMDITS else Record("all", what="output")
+    expected = drawn(name, record)
+    assert not close(drawn(name, family=changed), expected)
+    weights = {key: value.detach() for key, value in base.denoiser.named_parameters()}
+    assert close(drawn(name, Graft("all", weights=weights), family=changed), expected)
+    if name in UNETS:
+        patched = drawn(name, Patch("all", source=record.recording, what="output"), family=changed)
+    else:
+        out = Graft("all", weights={k: v for k, v in weights.items() if not k.startswith(("transformer", "single_"))})
+        patched = drawn(name, Patch(where, source=record.recording), out, family=changed)
+    assert close(patched, expected)
+
+
+@every
+def test_leaving_everything_out_that_a_scale_of_zero_leaves_out(name: str) -> None:
+    where = "ff" if name in UNETS else "double"
+    assert close(drawn(name, Skip(where)), drawn(name, Scale(where, activation=0.0)))
+    assert close(drawn(name, Scale(where, activation=0.5), Scale(where, activation=2.0)), drawn(name))
+    assert not close(drawn(name, Skip(where)), drawn(name))
+
+
+@pytest.mark.parametrize("rows", [(0,), (1,)])
+def test_an_op_on_some_rows_leaves_the_others(rows: tuple[int, ...]) -> None:
+    plain = drawn("sd1", prompts=(A, B), seeds=(0, 1))
+    changed = drawn("sd1", Skip("cross", rows=rows), prompts=(A, B), seeds=(0, 1))
+    same = [torch.equal(one, other) for one, other in zip(plain, changed, strict=True)]
+    assert same == [row not in rows for row in range(2)]
+
+
+def test_an_op_on_one_pass_works_in_that_half_of_the_batch() -> None:
+    family = shared("sd1")
+    null = sample(family, [A], [0], num_steps=3, guidance_scale=3.0, null=B).latents
+    injected = drawn("sd1", InjectText("cross", source=Source(B, 0), on="uncond"))
+    other = Source(B, 0)  # its own uncond half reads the empty prompt, which changes nothing
+    assert close(injected, drawn("sd1"))
+    assert not close(drawn("sd1", InjectText("cross", source=other, on="cond")), drawn("sd1"))
+    assert not close(null, drawn("sd1"))
+
+
+SOLVERS = {
+    "euler": (EulerDiscreteScheduler, dict.fromkeys(range(5), 1)),
+    "dpm++": (DPMSolverMultistepScheduler, dict.fromkeys(range(5), 1)),
+    "heun": (HeunDiscreteScheduler, {0: 2, 1: 2, 2: 2, 3: 2, 4: 1}),
+    "pndm": (PNDMScheduler, {0: 2, 1: 1, 2: 1, 3: 1, 4: 1}),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("stock", [True, False])
+def test_the_clock_knows_the_step_however_often_a_solver_calls(solver: str, stock: bool) -> None:
+    kind, expected = SOLVERS[solver]
+    family = make("sd1")
+    record = Record("mid.ff", reduce=lambda x: x.flatten(1).norm(dim=1))
+    if stock:
+        family.pipe.scheduler = kind.from_config(family.pipe.scheduler.config)
+        with attach(family, record):
+            family.pipe("a cat", num_inference_steps=5, guidance_scale=3.0, output_type="latent")
+    else:
+        sample(family, [A], [0], record, num_steps=5, guidance_scale=3.0, scheduler=solver)
+    assert Counter(key.step for key in record.recording.values) == expected
+    assert {key.passes for key in record.recording.values} == {("uncond", "cond")}
+
+
+@every
+def test_a_stock_pipeline_under_ops_draws_what_sample_draws(name: str) -> None:
+    family = make(name)
+    ops = (Skip("ff", steps=(0, 1)), Scale("ff", activation=0.5, on="cond", steps=(0.5, 1.0)))
+    length = {"max_sequence_length": tiny.TOKENS} if name in MMDITS else {}
+    with attach(family, *ops):
+        stock = family.pipe(
+            prompt=A, num_inference_steps=3, guidance_scale=GUIDANCE[name], output_type="np",
+            generator=[torch.Generator().manual_seed(0)], **length,
+        ).images  # fmt: skip
+    ours = family.decode(drawn(name, *ops, family=family)).permute(0, 2, 3, 1)
+    assert torch.allclose(torch.as_tensor(stock), ours, atol=1e-4)
+    assert not torch.allclose(family.decode(drawn(name, family=family)).permute(0, 2, 3, 1), ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux-dev", "klein-base", "sd3.5"])
+def test_gradients_are_the_same_under_checkpointing(name: str) -> None:
+    family = make(name)
+    family.denoiser.requires_grad_(True).train()
+    noise, cond = family.initial_noise([torch.Generator().manual_seed(0)]), family.encode([A])
+    gradients = []
+    for on in (False, True):
+        family.denoiser.zero_grad()
+        family.denoiser.gradient_checkpointing = False
+        (family.denoiser.enable_gradient_checkpointing if on else family.denoiser.disable_gradient_checkpointing)()
+        with attach(family, Scale("ff", activation=3.0)):
+            family.predict(family.denoiser, noise, torch.tensor(500.0), cond).square().mean().backward()
+        gradients.append([p.grad.clone() for p in family.denoiser.parameters() if p.grad is not None])
+    assert gradients[0] and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_graft_holds_in_its_steps_only() -> None:
+    family = make("sd1")
+    weights = {name: torch.zeros_like(p) for name, p in family.denoiser.named_parameters()}
+    half, whole, none = (
+        drawn("sd1", Graft("cross.v", weights=weights, steps=steps), family=family)
+        for steps in ((0.0, 0.5), (0.0, 1.0), (7, 9))
+    )
+    assert close(none, drawn("sd1", family=family)) and not close(half, none) and not close(half, whole)
+    assert close(whole, drawn("sd1", Graft("cross.v", weights=weights), family=family))
+
+
+def test_a_recording_tells_layer_by_step() -> None:
+    record = Record("down.self", reduce=lambda x: x.flatten(1).norm(dim=1), on="cond")
+    drawn("sd1", record, prompts=(A, B), seeds=(0, 1))
+    assert record.recording.of("down.0.attentions.0.block.0.self").shape == (3, 2)
+    with pytest.raises(UserError, match=r"nothing was recorded of the text stream of 'down.*self'; recorded: down"):
+        record.recording.of("down.0.attentions.0.block.0.self", "text")
+
+
+def test_sites_are_the_largest_modules_named() -> None:
+    assert [site.label for site in resolve(shared("flux-dev"), "double + single[1]")] == ["double.0", "single.1"]
+    assert [site.stream for site in resolve(shared("flux-dev"), "single.text")] == ["text", "text"]
+    assert [site.label for site in resolve(shared("sd1"), "up.cross.v")] == [
+        "up.1.attentions.0.block.0.cross.v", "up.1.attentions.1.block.0.cross.v",
+    ]  # fmt: skip
+    order = [site.label for site in resolve(shared("sd1"), "down + mid")]
+    assert order == [
+        "down.0.resnets.0", "down.0.attentions.0", "down.0.downsamplers.0.sampler", "down.1.resnets.0",
+        "mid.0.resnets.0", "mid.0.attentions.0", "mid.0.resnets.1",
+    ]  # fmt: skip
+
+
+BAD = {
+    "matched nothing": lambda: Skip("crosss"),
+    "changes the shape": lambda: Skip("up[0].resnet"),
+    "reads no text": lambda: InjectText("self", source=Source(A, 0)),
+    "leave weight=1": lambda: InjectText("cross", source=Source(A, 0), weight=2.0),
+    "changes nothing": lambda: Scale("cross"),
+    "allowed: numbers such as": lambda: Skip("cross", steps=(3, 3)),
+    "fractions such as": lambda: Skip("cross", steps=(0.0, 5.0)),
+    "allowed: cond, uncond, both": lambda: Skip("cross", on="neither"),  # type: ignore[arg-type]
+    "allowed: input, output": lambda: Record("cross", what="neither"),  # type: ignore[arg-type]
+    "max_gib": lambda: Record("all", what="output", max_gib=1e-9),
+    "record what='contribution' whole": lambda: Patch("cross", source=Record("cross").recording),
+    "holds nothing of": lambda: Patch("cross", source=Record("self").recording, what="output"),
+    "names no parameter": lambda: Graft("cross", weights={"none": torch.zeros(1)}),
+    "whole batch": lambda: Graft("cross", weights={}, rows=(0,)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_work_is_refused_in_words(message: str) -> None:
+    with pytest.raises((UserError, SelectionError), match=message):
+        drawn("sd1", BAD[message]())
+
+
+def test_a_source_that_nobody_draws_is_refused() -> None:
+    with (
+        pytest.raises(UserError, match="sample puts it there"),
+        attach(shared("sd1"), CrossSeed("cross", source=Source(A, 0))),
+    ):
+        pass
+
+
+def test_steps_are_refused_where_nothing_samples() -> None:
+    family = shared("sd1")
+    with pytest.raises(UserError, match="outside of sampling"), attach(family, Skip("cross", steps=(0, 1))):
+        family.predict(
+            family.denoiser, family.initial_noise([torch.Generator()]), torch.tensor(1.0), family.encode([A])
+        )
+
+
+def test_a_model_whose_hooks_would_miss_calls_is_refused() -> None:
+    family = make("sd1")
+    family.denoiser.fuse_qkv_projections()
+    with pytest.raises(UserError, match="fused"), attach(family, Skip("cross")):
+        pass
+    family = make("sd1")
+    block: nn.Module = family.denoiser.mid_block
+    block.compile()
+    with pytest.raises(UserError, match="compiled"), attach(family, Skip("cross")):
+        pass
+    from diffusers import FirstBlockCacheConfig
+
+    family = make("flux-dev")
+    family.denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(UserError, match="disable_cache"), attach(family, Skip("double")):
+        pass
