@@ -228,6 +228,15 @@ def erased(pipe: Any, path: str | Path | Erased) -> Iterator[Any]:
         remove(pipe)
 
 
+def originals(pipe: Any) -> Mapping[str, Tensor]:
+    """The base's parameters under erased weights, by name, on the CPU; not to be changed.
+
+    Raises:
+        CheckpointError: the pipeline wears none.
+    """
+    return _originals(_denoiser(pipe))
+
+
 def base_view(pipe: Any) -> Denoiser:
     """The base under erased weights, callable like the denoiser and beside it; changes nothing, gradients flow.
 

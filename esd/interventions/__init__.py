@@ -9,10 +9,10 @@ from .graft import Graft
 from .hooks import Call, Op, SiteOp, Source, attach
 from .record import Record, Recording
 from .sampling import Drawn, sample
-from .sites import Site, layers, resolve
+from .sites import Site, blocks, layers, resolve
 from .streams import CrossSeed, InjectText, Patch, Scale, Skip, Transplant
 
 __all__ = [
     "Call", "CrossSeed", "Drawn", "Graft", "InjectText", "Moment", "Op", "Patch", "Record", "Recording", "Scale",
-    "Site", "SiteOp", "Skip", "Source", "Transplant", "attach", "layers", "resolve", "sample",
+    "Site", "SiteOp", "Skip", "Source", "Transplant", "attach", "blocks", "layers", "resolve", "sample",
 ]  # fmt: skip

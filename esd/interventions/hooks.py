@@ -125,14 +125,16 @@ class SiteOp(Op):
     """An op that takes hold of sites.
 
     Attributes:
-        where: an expression; see `esd.interventions.sites.resolve`.
+        where: an expression, see `esd.interventions.sites.resolve`; or sites.
     """
 
-    where: str = field(kw_only=False)
+    where: str | Sequence[Site] = field(kw_only=False)
 
     def sites(self, family: Family) -> list[Site]:
         """The sites that `where` names, each held against `check`."""
-        found = resolve(family, self.where)
+        found = resolve(family, self.where) if isinstance(self.where, str) else list(self.where)
+        if not found:
+            raise UserError(f"{type(self).__name__}: no site is given; give at least one")
         for site in found:
             self.check(site)
         return found

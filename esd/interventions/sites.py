@@ -33,7 +33,8 @@ Stream = Literal["image", "text"]
 Streams = dict[Stream, Tensor]
 
 STREAMS: tuple[Stream, ...] = ("image", "text")
-_RESIDUAL = ("TransformerBlock", "Transformer2DModel", "ResnetBlock2D")  # how the names of their classes end
+_WITH_PARTS = ("TransformerBlock", "Transformer2DModel")  # how the names of their classes end
+_RESIDUAL = (*_WITH_PARTS, "ResnetBlock2D")
 _UNITS = (*_RESIDUAL, "FeedForward", "sample2D", "TimestepEmbedding")
 _STACKS = ("in", "time", "down", "mid", "double", "single", "up", "out")  # in the order they run
 _WITHIN = {"resnets": 0, "attentions": 1}  # of a UNet's block: resnet n runs before attention n, samplers last
@@ -89,9 +90,7 @@ class Site:
             return None
         if self.stack in ("double", "single"):
             return "both" if self.part != "self" else None
-        return (
-            "only" if self.part == "cross" or _ends(self.module, ("TransformerBlock", "Transformer2DModel")) else None
-        )
+        return "only" if self.part == "cross" or _ends(self.module, _WITH_PARTS) else None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name: gradient checkpointing passes by position what is passed by name else."""
@@ -183,10 +182,20 @@ def resolve(family: Family, expression: str, kind: Callable[[nn.Module], bool] =
     return sorted(sites, key=_order)
 
 
-def layers(family: Family) -> list[Site]:
-    """The layers of a denoiser in the order they run: blocks of a transformer; resnets and attentions of a UNet."""
+def is_part(module: nn.Module) -> bool:
+    """Whether a module is one working part of a layer: an attention, a feed-forward, a resnet, a projection, a norm."""
+    return hookable(module) and not _ends(module, _WITH_PARTS)
+
+
+def blocks(family: Family) -> list[Site]:
+    """What a denoiser runs one after the other: blocks of a transformer; resnets, attentions and samplers of a UNet."""
     stacks = dict.fromkeys(info.stack for info in family.parameter_infos() if info.index is not None)
-    return [site for site in resolve(family, " + ".join(stacks)) if site.residual and not site.changes_shape]
+    return resolve(family, " + ".join(stacks))
+
+
+def layers(family: Family) -> list[Site]:
+    """Those of `blocks` that can be left out: their input goes through, and keeps its shape."""
+    return [site for site in blocks(family) if site.residual and not site.changes_shape]
 
 
 def describe(sites: Sequence[Site]) -> str:

@@ -1,0 +1,1 @@
+"""Analyses of a model, and of an erased one beside its base."""
