@@ -24,6 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
+ANALYSES = ("layers",)
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -481,6 +482,66 @@ class EvaluateConfig(GenerateConfig):
         if self.suite.name == "attacks":
             return Path(self.run_dir or Path("runs", "attacks-" + slug(f"{self.prompts or ''} {self.checkpoint}")))
         return Path(self.run_dir or Path("runs", "evaluate-" + slug(f"{self.prompts} {self.checkpoint or 'base'}")))
+
+
+@dataclass
+class AnalysisConfig:
+    """What is looked at."""
+
+    name: str = option("layers", "what is looked at; its own settings are those under its name", one_of=ANALYSES)
+
+
+@dataclass
+class LayersConfig:
+    """Settings of analysis=layers; see `esd.analysis.layers`."""
+
+    prompts: list[str] = option(
+        ["a cat in the mosaic style", "a rose in the watercolor style"], "drawn with and without each layer"
+    )
+    pictures: int = option(4, "of each prompt, each with its own seed", at_least=1)
+
+
+@dataclass
+class AnalyzeConfig:
+    """Everything `python -m esd.analyze` takes."""
+
+    checkpoint: str | None = option(
+        None, "erased.safetensors or a run directory, looked at beside the base; null is the base alone"
+    )
+    run_dir: str | None = option(None, "where results go; null is runs/<analysis and checkpoint>")
+    num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
+    guidance_scale: float = option(4.0, "classifier-free guidance", at_least=0)
+    batch_size: int = option(16, "most pictures in one batch", at_least=1)
+    seed: int = option(0, "of the first picture; those after it count up", at_least=0, at_most=MAX_SEED)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    plan_only: bool = option(False, "say what would be looked at, and stop")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+
+    @property
+    def settings(self) -> Any:
+        """Those of the analysis asked for."""
+        return getattr(self, self.analysis.name)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is out of its range; touches no file and no model."""
+        check_ranges(self)
+        check_device(self.device)
+        self.model.path, self.run_dir = expanded(self.model.path), expanded(self.run_dir)
+        self.checkpoint = expanded(self.checkpoint)
+        own = self.analysis.name
+        defaults = {name: value for name, value, _ in fields_of(AnalyzeConfig())}
+        for analysis in ANALYSES:
+            for name, value, _ in fields_of(getattr(self, analysis), f"{analysis}."):
+                if analysis != own and value != defaults[name]:
+                    raise UserError(f"{name}={value} says nothing to analysis={own}; set analysis={analysis}")
+                if analysis == own and value == [] != defaults[name]:
+                    raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={defaults[name]}")
+
+    def run_path(self) -> Path:
+        """The run directory: as given, or named after the analysis and the checkpoint."""
+        return Path(self.run_dir or Path("runs", f"{self.analysis.name}-{slug(self.checkpoint or self.model.path)}"))
 
 
 def check_prompts(prompts: Any) -> str | list[Any]:
