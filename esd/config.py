@@ -24,7 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
-ANALYSES = ("layers",)
+ANALYSES = ("layers", "representations")
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -502,6 +502,31 @@ class LayersConfig:
 
 
 @dataclass
+class RepresentationsConfig:
+    """Settings of analysis=representations; see `esd.analysis.representations`."""
+
+    prompts: list[str] = option(
+        [
+            "a cat in the flat style", "a cat in the watercolor style", "a dog in the flat style",
+            "a rose in the flat style", "a bus in the neon style",
+        ],
+        "one picture each, which the model is then shown",
+    )  # fmt: skip
+    positions: list[str] = option(
+        ["mid_block", "up_blocks[1]"], "where representations are taken: modules by path, or selections such as up[1]"
+    )
+    noises: int = option(100, "that the spread is taken over", at_least=2)
+    channel_steps: list[int] = option(
+        list(range(0, 501, 50)), "training times at which channels are measured", at_least=0
+    )
+    histogram_step: int = option(100, "training time of the histogram of channels", at_least=0)
+    map_step: int = option(50, "training time of the maps of spread and likeness", at_least=0)
+    spread_steps: list[int] = option(
+        list(range(0, 251, 50)), "training times at which the mean spread is measured", at_least=0
+    )
+
+
+@dataclass
 class AnalyzeConfig:
     """Everything `python -m esd.analyze` takes."""
 
@@ -518,6 +543,7 @@ class AnalyzeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
+    representations: RepresentationsConfig = field(default_factory=RepresentationsConfig)
 
     @property
     def settings(self) -> Any:

@@ -200,6 +200,19 @@ class Family(ABC):
         return seeding.normal(generators, self.latent_shape(size)).to(self.device)
 
     @abstractmethod
+    def encode_images(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Clean latents (b, c, h, w), float32, of pictures; what `decode` undoes, as far as the VAE can.
+
+        Args:
+            images: (b, 3, H, W) in [0, 1]; with generators also a single one for all rows.
+            generators: one for each row, to draw from the encoder's posterior as the stock img2img pipelines do; None
+                takes its mean.
+
+        Raises:
+            UserError: no latents are of pictures of that size.
+        """
+
+    @abstractmethod
     def scheduler(self, num_steps: int, name: str | None = None, latent_shape: Sequence[int] | None = None) -> Any:
         """A fresh diffusers scheduler with its timesteps set.
 

@@ -335,10 +335,20 @@ class Flux2Klein(_FluxFamily):
 
     def _vae_latents(self, latents: Tensor) -> Tensor:
         """Undoes the normalisation, which the VAE keeps as batch statistics, and the cells."""
-        vae = self.pipe.vae
-        shape = (1, -1, 1, 1)
-        deviation = (vae.bn.running_var.view(shape) + vae.config.batch_norm_eps).sqrt().to(latents)
-        return functional.pixel_shuffle(latents * deviation + vae.bn.running_mean.view(shape).to(latents), 2)
+        mean, deviation = self._statistics(latents)
+        return functional.pixel_shuffle(latents * deviation + mean, 2)
+
+    def _from_vae(self, latents: Tensor) -> Tensor:
+        """Cells, normalised."""
+        cells = functional.pixel_unshuffle(latents, 2)
+        mean, deviation = self._statistics(cells)
+        return (cells - mean) / deviation
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (1, c, 1, 1) of each channel."""
+        vae, shape = self.pipe.vae, (1, -1, 1, 1)
+        deviation = (vae.bn.running_var.view(shape) + vae.config.batch_norm_eps).sqrt()
+        return vae.bn.running_mean.view(shape).to(like), deviation.to(like)
 
 
 def _role(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from esd import seeding
 from esd.errors import UserError
 from esd.selection import ParameterInfo
 
@@ -145,6 +146,25 @@ class PipelineFamily(Family):
         """What the VAE decodes, of the latents (b, c, h, w) that the denoiser makes."""
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Clean latents of pictures by the VAE encoder; see `Family.encode_images`."""
+        vae, multiple = self.pipe.vae, self.pixels_per_latent * self.patch
+        if any(edge % multiple for edge in images.shape[-2:]):
+            height, width = images.shape[-2:]
+            raise UserError(f"a picture of {width} x {height} pixels: allowed: edges that are multiples of {multiple}")
+        pixels = (2 * images - 1).to(vae.device, vae.dtype)
+        posterior = vae.encode(pixels).latent_dist
+        found = posterior.mode().float()
+        if generators is not None:
+            found = found + posterior.std.float() * seeding.normal(generators, found.shape[1:]).to(found)
+        return self._from_vae(found).to(self.device)
+
+    def _from_vae(self, latents: Tensor) -> Tensor:
+        """What `_vae_latents` undoes: latents of the denoiser, of those of the VAE (b, c, h, w)."""
+        config = self.pipe.vae.config
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def _reader(self) -> tuple[Any, int]:
         """The tokenizer whose encoder reads most of a prompt, and the most tokens it takes."""

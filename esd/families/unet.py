@@ -94,6 +94,21 @@ class UNetFamily(DiffusionFamily):
         """The table of token embeddings of each text encoder."""
         return [encoder.get_input_embeddings() for encoder in self.modules("encoders")]
 
+    def embeddings_of(self, word: str) -> list[Tensor]:
+        """What the tables of the text encoders hold for a word [(d,), ...].
+
+        Raises:
+            UserError: the word is several tokens.
+        """
+        found = []
+        for words, table in zip(self._tokenizers(), self.embedding_tables(), strict=True):
+            numbers = words(word, add_special_tokens=False).input_ids
+            if len(numbers) != 1:
+                pieces = " + ".join(words.convert_ids_to_tokens(numbers))
+                raise UserError(f"{word!r} is several tokens ({pieces}); allowed: words that the tokenizer knows whole")
+            found.append(table.weight[numbers[0]].detach().clone())
+        return found
+
     def unused_word(self, prompts: Sequence[str]) -> str:
         """A word of letters that each tokenizer knows as one token, which no prompt has.
 
@@ -207,12 +222,26 @@ class StableDiffusionXL(UNetFamily):
 
     def _vae_latents(self, latents: Tensor) -> Tensor:
         """Some VAEs for SDXL come with a mean and a deviation of each channel."""
+        if (found := self._statistics(latents)) is None:
+            return super()._vae_latents(latents)
+        means, stds = found
+        return latents * stds / self.pipe.vae.config.scaling_factor + means
+
+    def _from_vae(self, latents: Tensor) -> Tensor:
+        """Takes the same mean and deviation off."""
+        if (found := self._statistics(latents)) is None:
+            return super()._from_vae(latents)
+        means, stds = found
+        return (latents - means) * self.pipe.vae.config.scaling_factor / stds
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation (1, c, 1, 1) of each channel, where the VAE comes with them."""
         config = self.pipe.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
-            return super()._vae_latents(latents)
-        means, stds = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        return latents * stds / config.scaling_factor + means
+            return None
+        means, stds = (like.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return means, stds
 
 
 def parameter_infos(unet: nn.Module) -> list[ParameterInfo]:

@@ -91,6 +91,7 @@ class Clock:
     def following(self, solver: Any) -> Iterator[None]:
         """Watches a pipeline's scheduler begin and step, for the length of a `with` block."""
         begin, step = solver.set_timesteps, solver.step
+        outer = {name: kept for name, kept in vars(solver).items() if name in ("set_timesteps", "step")}
 
         @functools.wraps(begin)  # pipelines ask for its signature
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -109,6 +110,7 @@ class Clock:
             yield
         finally:
             del solver.set_timesteps, solver.step
+            vars(solver).update(outer)  # those of a `with` block around this one
 
     def moment(self, batch: int, t: torch.Tensor | float, text_tokens: int | None) -> Moment:
         """The moment of a call.
