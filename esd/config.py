@@ -24,7 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
-ANALYSES = ("layers", "representations")
+ANALYSES = ("layers", "representations", "erasure")
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -527,6 +527,19 @@ class RepresentationsConfig:
 
 
 @dataclass
+class ErasureConfig:
+    """Settings of analysis=erasure; see `esd.analysis.erasure`."""
+
+    target: list[str] = option([], "prompts that ask for what was erased; [] takes those of the model's vocabulary")
+    retained: list[str] = option([], "prompts that should be left alone; [] takes those of the model's vocabulary")
+    pictures: int = option(6, "of target and of retained prompts, in every place and step that is tried", at_least=1)
+    windows: int = option(5, "into which the sampling steps are cut", at_least=1)
+    inputs: int = option(
+        40, "of each probe that are of the concept; as many others, half of all for the test", at_least=4
+    )
+
+
+@dataclass
 class AnalyzeConfig:
     """Everything `python -m esd.analyze` takes."""
 
@@ -544,6 +557,7 @@ class AnalyzeConfig:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
     representations: RepresentationsConfig = field(default_factory=RepresentationsConfig)
+    erasure: ErasureConfig = field(default_factory=ErasureConfig)
 
     @property
     def settings(self) -> Any:

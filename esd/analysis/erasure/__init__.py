@@ -1,1 +1,187 @@
-"""Where an erasure happened."""
+"""Where did the erasure happen? An erased model beside its base, part by part, step by step.
+
+1. `locate`     what each part says otherwise when it sees what the base's part saw, and how far its weights moved
+2. `restore`    which of the base's weights bring the concept back: by layer, step, part, head, and the fewest layers
+3. `mechanism`  by other attention, by other values, or after both
+4. `leak`       what is still known inside
+
+    python -m esd.analyze analysis=erasure checkpoint=runs/cat run_dir=runs/cat-where
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from esd import checkpoint
+from esd.analysis.results import Results
+from esd.analysis.subject import Subject
+from esd.families import Denoiser
+from esd.interventions import layers, resolve
+from esd.interventions.sites import is_attention
+
+from . import drawings, leak, locate, mechanism, restore
+from .asked import Question, question
+from .leak import Probe
+from .locate import Difference, Part
+from .restore import Restored, Restorer
+
+
+def analyse(
+    subject: Subject,
+    results: Results,
+    *,
+    target: Sequence[str],
+    retained: Sequence[str],
+    pictures: int,
+    windows: int,
+    inputs: int,
+) -> None:
+    """Leaves tables and figures of all four.
+
+    Args:
+        subject: the model, with a checkpoint.
+        results: gets tables and figures.
+        target: prompts that ask for the concept; none for those of the model's vocabulary.
+        retained: prompts that should be left alone; none for those of the vocabulary.
+        pictures: of the target, and of the retained prompts.
+        windows: into which the steps are cut.
+        inputs: of each probe that are of the concept.
+
+    Raises:
+        UserError: see `asked.question` and `restore.Restorer`.
+    """
+    about = question(subject, target=target, retained=retained, pictures=pictures, inputs=inputs)
+    family, found = subject.family, subject.checkpoint
+    assert found is not None  # or `question` had refused
+    family.encode([*about.target, *about.retained, "", *(a.prompt for asked in about.probed.values() for a in asked)])
+    with checkpoint.erased(family.pipe, found):
+        where(subject, results, about)
+        brought_back(subject, results, about, windows)
+        still_known(subject, results, about)
+
+
+def where(subject: Subject, results: Results, about: Question) -> None:
+    """What each part says otherwise: where.csv, parts.csv and their figures."""
+    family = subject.family
+    base, parts = checkpoint.base_view(family.pipe), locate.parts(family, checkpoint.originals(family.pipe))
+    by_label = {part.site.label: part for part in parts}
+
+    def differences(prompts: Sequence[str]) -> Callable[[], list[dict[str, Any]]]:
+        return lambda: [
+            {"part": d.part.site.label, "step": d.step, "t": d.t, "relative": d.relative, "rms": d.rms}
+            for d in locate.differences(
+                family, base, parts, prompts, subject.seeds(len(prompts)), num_steps=subject.num_steps,
+                guidance_scale=subject.guidance_scale,
+            )
+        ]  # fmt: skip
+
+    def again(row: dict[str, Any]) -> Difference:
+        return Difference(by_label[row["part"]], row["step"], row["t"], row["relative"], row["rms"])
+
+    on_target = [again(row) for row in kept(results, "differences-target", differences(about.target))]
+    on_retained = [again(row) for row in kept(results, "differences-retained", differences(about.retained))]
+    results.table("where", [
+        {"prompts": name, "part": d.part.site.label, "layer": d.part.layer, "step": d.step, "t": d.t,
+         "relative": d.relative, "rms": d.rms}
+        for name, several in (("target", on_target), ("retained", on_retained)) for d in several
+    ])  # fmt: skip
+    results.table("parts", told_parts(parts, on_target, on_retained))
+    drawings.where(results, about.concept, on_target)
+    drawings.moved(results, about.concept, on_target, on_retained)
+
+
+def told_parts(
+    parts: Sequence[Part], target: Sequence[Difference], retained: Sequence[Difference]
+) -> list[dict[str, Any]]:
+    """A row for every part whose weights moved."""
+    means = [locate.means(several) for several in (target, retained)]
+    selective = locate.selectivity(target, retained)
+    return [
+        {
+            "part": part.site.label, "layer": part.layer, "weights_moved": part.moved,
+            "target": means[0][part.site.label], "retained": means[1][part.site.label],
+            "selectivity": selective.get(part.site.label),
+        }
+        for part in parts if part.moved
+    ]  # fmt: skip
+
+
+def brought_back(subject: Subject, results: Results, about: Question, windows: int) -> None:
+    """What brings the concept back: restored.csv, selection.csv and their figures."""
+    family, judge = subject.family, subject.judge
+    question_of = about.domain if judge and about.domain in judge.questions else None
+
+    def shows(images: np.ndarray) -> np.ndarray:
+        assert judge is not None and question_of is not None
+        readings = judge(images)
+        return np.array([readings.says(i, question_of, about.concept) for i in range(len(images))])
+
+    restorer = Restorer(
+        family, checkpoint.base_view(family.pipe), checkpoint.originals(family.pipe), about.target,
+        subject.seeds(len(about.target)), subject.num_steps, subject.guidance_scale, shows if question_of else None,
+    )  # fmt: skip
+
+    def stage(name: str, make: Callable[[], list[Restored]]) -> list[Restored]:
+        return [Restored(**row) for row in kept(results, name, lambda: [asdict(found) for found in make()])]
+
+    ends = stage("ends", lambda: restore.ends(restorer))
+    by_layer = stage("by-layer", lambda: restore.by_layer(restorer))
+    by_steps = stage("by-steps", lambda: restore.by_steps(restorer, windows))
+    by_part = stage("by-part", lambda: restore.by_part(restorer))
+    swapped = stage("swapped", lambda: mechanism.swapped(restorer))
+    tried = stage("sets", lambda: restore.minimal(restorer, by_layer)[1])
+    fewest = [site for site in restorer.touched() if site.label in tried[-1].where.split(" + ")]
+    attentions = restore.attentions(fewest, resolve(family, "all", is_attention))
+    heads = stage("heads", lambda: restore.by_head(restorer, attentions))
+    results.table("restored", [r.row() for r in (*ends, *by_layer, *by_steps, *by_part, *swapped, *heads, *tried)])
+    selection = restore.suggestion(fewest, subject.checkpoint.provenance["selection"] if subject.checkpoint else "all")
+    results.table("selection", [{"selection": selection, **tried[-1].row()}])
+    drawings.layers(results, about.concept, ends, by_layer)
+    drawings.steps(results, about.concept, ends, by_steps)
+    drawings.parts(results, about.concept, ends, by_part)
+    drawings.mechanism(results, about.concept, ends, swapped)
+    drawings.heads(results, about.concept, heads)
+    weights = restorer.inside(fewest)
+    shown = {
+        "base": restorer.y_base,
+        "erased": restorer.y_erased,
+        f"{len(fewest)} layers of the base": restorer.grafted(weights),
+        "all but these": restorer.grafted({n: w for n, w in restorer.originals.items() if n not in weights}),
+    }
+    drawings.pictures(
+        results, about.concept, {name: restore.pictures(family, y) for name, y in shown.items()}, tried[-1], selection
+    )
+
+
+def still_known(subject: Subject, results: Results, about: Question) -> None:
+    """What a probe reads off the features: probes.csv and its figure."""
+    family = subject.family
+    models: dict[str, Denoiser] = {"base": checkpoint.base_view(family.pipe), "erased": family.denoiser}
+
+    def probed() -> list[dict[str, Any]]:
+        found: list[Probe] = []
+        for source, asked in about.probed.items():
+            shown = leak.from_text(family, asked, seed=subject.seed, num_steps=subject.num_steps)
+            found += leak.probes(family, models, layers(family), source, shown)
+        drawn = leak.from_pictures(
+            family, models["base"], about.probed["name"], seed=subject.seed, num_steps=subject.num_steps,
+            guidance_scale=subject.guidance_scale,
+            batch=subject.batch_size,
+        )  # fmt: skip
+        found += leak.probes(family, models, layers(family), "image", drawn)
+        return [asdict(one) for one in found]
+
+    probes = [Probe(**row) for row in kept(results, "probes", probed)]
+    results.table("probes", [one.row() for one in probes])
+    drawings.leak(results, about.concept, probes)
+
+
+def kept(results: Results, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows that were made once and are read the next time."""
+    held = results.kept(name, lambda: np.array([json.dumps(row) for row in make()], dtype=np.str_))
+    return [json.loads(str(row)) for row in held]

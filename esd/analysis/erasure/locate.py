@@ -21,6 +21,7 @@ from torch import Tensor
 from esd.families import Denoiser, Family
 from esd.interventions import Patch, Record, Recording, Site, attach, blocks, resolve, sample
 from esd.interventions.sites import is_part
+from esd.trajectory import first_stages
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def differences(
         family, prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale, denoiser=base
     ).trajectory  # fmt: skip
     found: list[Difference] = []
-    for step, (x, t) in enumerate(zip(passed.inputs, passed.t[:, 0], strict=True)):
+    for step, entry in enumerate(first_stages(family.scheduler(num_steps, latent_shape=passed.inputs.shape[2:]))):
+        x, t = passed.inputs[entry], passed.t[entry, 0]
         told, own, added = Record(sites), Record(sites), Record(kept, what="contribution")
         with attach(family, told, added):
             family.predict(base, x, t, cond)
@@ -119,13 +121,18 @@ def differences(
     return found
 
 
+def means(several: Sequence[Difference]) -> dict[str, float]:
+    """By label of a part, its mean D over the steps."""
+    found: dict[str, list[float]] = {}
+    for difference in several:
+        found.setdefault(difference.part.site.label, []).append(difference.relative)
+    return {label: sum(values) / len(values) for label, values in found.items()}
+
+
 def selectivity(target: Sequence[Difference], retained: Sequence[Difference]) -> dict[str, float]:
-    """By label of a part, its mean D on target prompts over its mean D on retained ones; 1 is none."""
-    sums = [{d.part.site.label: 0.0 for d in target} for _ in range(2)]
-    for total, several in zip(sums, (target, retained), strict=True):
-        for difference in several:
-            total[difference.part.site.label] += difference.relative
-    return {label: value / sums[1][label] for label, value in sums[0].items() if sums[1][label]}
+    """By label of a part, its mean D on target prompts over that on retained ones; 1 is none."""
+    over, under = means(target), means(retained)
+    return {label: over[label] / under[label] for label in over if under.get(label)}
 
 
 def _apart(site: Site, own: Recording, told: Recording, added: Recording) -> tuple[float, float]:

@@ -102,10 +102,13 @@ class Restorer:
         k = None if self.shows is None else int(self.shows(pictures(self.family, latents)).sum())
         return Restored(kind, where, float((1 - near / far).mean()), k, len(latents))
 
+    def grafted(self, weights: Mapping[str, Tensor], steps: Any = None) -> Tensor:
+        """Clean latents (n, c, h, w) with other weights; without any of them the erased model's own."""
+        return self.draw(Graft("all", weights=weights, steps=steps)) if weights else self.y_erased
+
     def graft(self, kind: str, where: str, weights: Mapping[str, Tensor], steps: Any = None) -> Restored:
-        """With other weights; without any of them the erased model's own pictures."""
-        op = Graft("all", weights=weights, steps=steps) if weights else None
-        return self.score(kind, where, self.draw(op) if op else self.y_erased)
+        """How far other weights bring the concept back."""
+        return self.score(kind, where, self.grafted(weights, steps))
 
     def inside(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """The base's values of the changed parameters in some sites."""
@@ -246,6 +249,17 @@ def attentions(sites: Sequence[Site], every: Sequence[Site]) -> list[Site]:
     """The attentions inside some layers."""
     paths = tuple(f"{site.path}." for site in sites)
     return [site for site in every if is_attention(site.module) and f"{site.path}.".startswith(paths)]
+
+
+def suggestion(sites: Sequence[Site], selection: str) -> str:
+    """A selection for another training: what was trained before, in these layers only.
+
+    Args:
+        sites: layers, at least one.
+        selection: that the erasure was trained with.
+    """
+    where = " + ".join(site.expression for site in sites)
+    return f"({selection}) & ({where})"
 
 
 def pictures(family: Family, latents: Tensor) -> np.ndarray:
