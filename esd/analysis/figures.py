@@ -65,6 +65,7 @@ def lines(
     y_name: str,
     title: str = "",
     spread: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ticks: Sequence[str] | None = None,
 ) -> None:
     """Draws curves over x, with a legend where there are several.
 
@@ -76,6 +77,7 @@ def lines(
         y_name: label with unit.
         title: of the panel.
         spread: name to the lower and upper end of a band around its curve, (n,) each.
+        ticks: names of the places, in place of numbers.
     """
     with style():
         for number, (name, y) in enumerate(curves.items()):
@@ -84,6 +86,9 @@ def lines(
             if spread and name in spread:
                 ax.fill_between(x, *spread[name], color=colour, alpha=0.15, linewidth=0)
         ax.set(xlabel=x_name, ylabel=y_name, title=title)
+        if ticks:
+            each = -(-len(ticks) // 24)
+            ax.set_xticks(x[::each], ticks[::each], rotation=90)
         if len(curves) > 1:
             ax.legend()
 
@@ -184,6 +189,8 @@ def pictures(
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     labels: Sequence[Sequence[str]] | None = None,
+    row_name: str = "",
+    column_name: str = "",
     width: float = WIDTH,
 ) -> Figure:
     """A grid of pictures.
@@ -194,6 +201,8 @@ def pictures(
         rows: label beside each row.
         columns: label above each column.
         labels: a line above each picture, in place of labels of columns.
+        row_name: what the rows are.
+        column_name: what the columns are.
         width: of the figure, in inches.
     """
     count, across, high, wide = images.shape[:4]
@@ -219,4 +228,36 @@ def pictures(
             if rows and not column:
                 ax.set_ylabel(rows[row], rotation=0, ha="right", va="center", fontsize=10)
         figure.suptitle(title)
+        figure.supxlabel(column_name, fontsize=11)
+        figure.supylabel(row_name, fontsize=11)
     return figure
+
+
+def wrapped(
+    series: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str],
+    *,
+    title: str,
+    rows: Sequence[str] | None = None,
+    across: int = 8,
+) -> Figure:
+    """Rows of labelled pictures, each broken into lines as text is.
+
+    Args:
+        series: pictures, uint8 RGB (H, W, 3) each; as many in each series as there are labels.
+        labels: above each picture.
+        title: above all.
+        rows: what each series is, above its first line.
+        across: most pictures in a line.
+    """
+    count = -(-len(labels) // across)  # lines, as evenly filled as can be
+    across = -(-len(labels) // count)
+    blank = np.zeros_like(series[0][0])
+    fill = count * across - len(labels)
+    grid = np.array([[*images, *[blank] * fill] for images in series])
+    names = [*labels, *[""] * fill]
+    lines_of = [names[i : i + across] for i in range(0, len(names), across)] * len(series)
+    return pictures(
+        grid.reshape(count * len(series), across, *blank.shape), title=title, labels=lines_of,
+        rows=[name if not line else "" for name in rows for line in range(count)] if rows else None,
+    )  # fmt: skip
