@@ -8,6 +8,7 @@ Source: colours of Okabe and Ito, "Color universal design" (2008).
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -206,17 +207,22 @@ def pictures(
         width: of the figure, in inches.
     """
     count, across, high, wide = images.shape[:4]
-    margin = 0.085 * max((len(name) for name in rows or ()), default=0)
-    cell = (width - margin) / across
-    line = 0.24 if labels else 0.06
+    told = ["\n".join(textwrap.fill(part, 20) for part in name.split("\n")) for name in rows or ()]
+    left = (
+        0.1 + 0.085 * max((len(line) for name in told for line in name.split("\n")), default=0) + 0.25 * bool(row_name)
+    )
+    cell = (width - left) / across
+    tall, longest = cell * high / wide, max(map(len, columns), default=0) if columns else 0
+    slanted = 0.085 * longest > cell
+    line = 0.24 if labels else 0.0
+    head = (0.22 + 0.05 * longest * slanted if columns else 0.0) + 0.33
+    height = head + count * (tall + line) + 0.05 + 0.25 * bool(column_name)
     with style():
-        figure = Figure(
-            figsize=(width, count * (cell * high / wide + line) + 0.75 + (0.3 if columns else 0)), layout="constrained"
-        )
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)  # type: ignore[union-attr]
-        axes = figure.subplots(count, across, squeeze=False)
-        for (row, column), ax in np.ndenumerate(axes):
-            ax.set(xticks=[], yticks=[])
+        figure = Figure(figsize=(width, height))
+        for (row, column), _ in np.ndenumerate(np.empty((count, across))):
+            corner = left + column * cell, height - head - row * (tall + line) - line - tall
+            size = 0.95 * cell / width, 0.95 * tall / height
+            ax = figure.add_axes((corner[0] / width, corner[1] / height, *size), xticks=[], yticks=[])
             ax.grid(visible=False)
             ax.spines[:].set_visible(False)
             if images[row, column].any():
@@ -224,12 +230,16 @@ def pictures(
             if labels and labels[row][column]:
                 ax.set_title(labels[row][column], fontsize=10, pad=3)
             elif columns and not row:
-                ax.set_title(columns[column], fontsize=10, pad=4)
+                turn: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {}
+                x = 0.3 if slanted else 0.5
+                ax.text(x, 1.04, columns[column], fontsize=10, transform=ax.transAxes, **{"ha": "center"} | turn)
             if rows and not column:
-                ax.set_ylabel(rows[row], rotation=0, ha="right", va="center", fontsize=10)
-        figure.suptitle(title)
-        figure.supxlabel(column_name, fontsize=11)
-        figure.supylabel(row_name, fontsize=11)
+                ax.set_ylabel(told[row], rotation=0, ha="right", va="center", fontsize=10)
+        figure.suptitle(title, y=1 - 0.05 / height, va="top")
+        figure.text((left + width) / 2 / width, 0.06 / height, column_name, ha="center", fontsize=11)
+        figure.text(
+            0.12 / width, 0.5 * (1 - head / height), row_name, rotation=90, ha="center", va="center", fontsize=11
+        )
     return figure
 
 

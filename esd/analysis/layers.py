@@ -103,18 +103,24 @@ def without_layers(study: Study) -> Rows:
 def draw_vitality(study: Study, rows: Rows) -> None:
     """Draws how far pictures move without each layer and what is still seen in them."""
     base = [row for row in rows if row["version"] == "base"]
-    alone = {v: [row for row in rows if row["version"] == v and row["layer"]] for v in study.plain}
-    names = [row["short"] for row in alone["base"]]
+    every = {version: [row for row in rows if row["version"] == version] for version in study.plain}
+    alone = {version: found[1:] for version, found in every.items()}
+    names = [row["short"] for row in base]
     judged = [kind for kind in KINDS if base[0][kind] is not None]
     figure, axes = figures.panels(
         1, 1 + bool(judged), title="What the picture loses with one layer left out", height=1.6 + 0.27 * len(names)
     )
     figures.bars(
-        axes[0], names, {v: np.array([row["moved"] for row in found]) for v, found in alone.items()}, x_name=UNIT,
-        spread={v: np.array([row["interval"] for row in found]) for v, found in alone.items()},
+        axes[0], names, {v: np.array([row["moved"] for row in found]) for v, found in every.items()}, x_name=UNIT,
+        spread={v: np.array([row["interval"] for row in found]) for v, found in every.items()},
     )  # fmt: skip
     if judged:
-        shares = {f"{kind} ({v})": np.array([r[kind] for r in alone[v]]) for v in alone for kind in judged}
+        several = len(every) > 1
+        shares = {
+            f"{kind}, {version}" if several else kind: np.array([row[kind] for row in found])
+            for version, found in every.items()
+            for kind in judged
+        }
         figures.bars(
             axes[1], names, shares, x_name="share of pictures in which the judge\nstill sees what was asked for"
         )
@@ -304,8 +310,8 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
                 }
             )  # fmt: skip
     study.results.table("start", rows)
-    curves = {"moved from the unedited picture": "own", "moved by the other prompt": "prompt"}
-    curves |= {"moved by the other run's seed": "seed"} if study.flows else {}
+    curves = {"from the unedited picture": "own", "with one other prompt from with another": "prompt"}
+    curves |= {"with one seed of the other run from with another": "seed"} if study.flows else {}
     figure, axes = figures.panels(1, len(study.plain), title="Another prompt's text, from one layer on", height=4.4)
     for ax, version in zip(axes, study.plain, strict=True):
         mine = [row for row in rows if row["version"] == version]
