@@ -9,6 +9,7 @@ PROGRAMS = {
     "train": "erase concepts from a model",
     "generate": "draw prompts with a base and its erased model, side by side",
     "evaluate": "have judges read what a base and its erased model draw",
+    "analyze": "look inside a base and its erased model: layers, attention, what was changed where",
     "report": "make one HTML file of finished runs, to look at",
     "compare": "set finished runs side by side, and hold them to bounds",
     "files": "inspect and export erased checkpoints",

@@ -24,6 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
+ANALYSES = ("layers",)
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -481,6 +482,116 @@ class EvaluateConfig(GenerateConfig):
         if self.suite.name == "attacks":
             return Path(self.run_dir or Path("runs", "attacks-" + slug(f"{self.prompts or ''} {self.checkpoint}")))
         return Path(self.run_dir or Path("runs", "evaluate-" + slug(f"{self.prompts} {self.checkpoint or 'base'}")))
+
+
+@dataclass
+class AnalysisConfig:
+    """What is looked at."""
+
+    name: str = option("layers", "what is looked at; its own settings are those under its name", one_of=ANALYSES)
+
+
+class AnalysisSettings:
+    """What the settings of every analysis share."""
+
+    def check(self) -> None:
+        """Raises UserError for values that do not fit each other."""
+
+
+@dataclass
+class LayersConfig(AnalysisSettings):
+    """Settings of analysis=layers; see `esd.analysis.layers`."""
+
+    prompts: list[str] = option(
+        [
+            "a cat in the mosaic style",
+            "a house in the watercolor style",
+            "a rose in the neon style",
+            "a guitar in the flat style",
+        ],
+        "drawn with layers left out, or with layers that read another prompt or seed",
+    )
+    other_things: list[str] = option(
+        [
+            "a house in the mosaic style",
+            "a cat in the watercolor style",
+            "a guitar in the neon style",
+            "a rose in the flat style",
+        ],
+        "for each of the prompts one that asks for another thing, otherwise alike",
+    )
+    other_styles: list[str] = option(
+        [
+            "a cat in the watercolor style",
+            "a house in the mosaic style",
+            "a rose in the flat style",
+            "a guitar in the neon style",
+        ],
+        "for each of the prompts one that asks for another style, otherwise alike",
+    )
+    pictures: int = option(4, "of each prompt, where one layer is left out; each with its own seed", at_least=1)
+    window_pictures: int = option(1, "of each prompt, under every other edit; at most layers.pictures", at_least=1)
+    lengths: list[int] = option([], "of windows of consecutive layers; [] is every length", at_least=1)
+    weights: list[float] = option([1.0, 5.0, 10.0], "w, of what layers make of the text", at_least=0)
+
+    def check(self) -> None:
+        """Raises UserError for prompts without counterpart, or for more pictures of windows than there are."""
+        for name in ("other_things", "other_styles"):
+            told = getattr(self, name)
+            if len(told) != len(self.prompts):
+                raise UserError(
+                    f"layers.{name} has {len(told)} for {len(self.prompts)} layers.prompts; give one for each"
+                )
+        if len(set(self.prompts)) < len(self.prompts):
+            raise UserError(f"layers.prompts={self.prompts} names a prompt twice; allowed: each once")
+        if self.window_pictures > self.pictures:
+            raise UserError(
+                f"layers.window_pictures={self.window_pictures}: allowed: at most layers.pictures={self.pictures}"
+            )
+
+
+@dataclass
+class AnalyzeConfig:
+    """Everything `python -m esd.analyze` takes."""
+
+    checkpoint: str | None = option(
+        None, "erased.safetensors or a run directory, looked at beside the base; null is the base alone"
+    )
+    run_dir: str | None = option(None, "where results go; null is runs/<analysis and checkpoint>")
+    num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
+    guidance_scale: float = option(4.0, "classifier-free guidance", at_least=0)
+    batch_size: int = option(16, "most pictures in one batch", at_least=1)
+    seed: int = option(0, "of the first picture; those after it count up", at_least=0, at_most=MAX_SEED)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    plan_only: bool = option(False, "say what would be looked at, and stop")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    layers: LayersConfig = field(default_factory=LayersConfig)
+
+    @property
+    def settings(self) -> Any:
+        """Those of the analysis asked for."""
+        return getattr(self, self.analysis.name)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is out of its range; touches no file and no model."""
+        check_ranges(self)
+        check_device(self.device)
+        self.model.path, self.run_dir = expanded(self.model.path), expanded(self.run_dir)
+        self.checkpoint = expanded(self.checkpoint)
+        own = self.analysis.name
+        defaults = {name: value for name, value, _ in fields_of(AnalyzeConfig())}
+        for analysis in ANALYSES:
+            for name, value, _ in fields_of(getattr(self, analysis), f"{analysis}."):
+                if analysis != own and value != defaults[name]:
+                    raise UserError(f"{name}={value} says nothing to analysis={own}; set analysis={analysis}")
+                if analysis == own and value == [] != defaults[name]:
+                    raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={defaults[name]}")
+        self.settings.check()
+
+    def run_path(self) -> Path:
+        """The run directory: as given, or named after the analysis and the checkpoint."""
+        return Path(self.run_dir or Path("runs", f"{self.analysis.name}-{slug(self.checkpoint or self.model.path)}"))
 
 
 def check_prompts(prompts: Any) -> str | list[Any]:

@@ -21,13 +21,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "objectives", "seeding", "selection"),
     1: ("families", "weights", "lora", "float8"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress", "interventions"),
-    3: ("plan", "trainer", "description", "memory", "evaluation"),
+    3: ("plan", "trainer", "description", "memory", "evaluation", "analysis"),
     4: (
         *("config", "run", "model", "main", "drawing", "judging"),
-        *("train", "generate", "evaluate", "canvas", "attacks", "report", "compare", "files", "cli"),
+        *("train", "generate", "evaluate", "analyze", "canvas", "attacks", "report", "compare", "files", "cli"),
     ),
 }
-PROGRAMS = ("train", "generate", "evaluate", "report", "compare", "files", "cli")
+PROGRAMS = ("train", "generate", "evaluate", "analyze", "report", "compare", "files", "cli")
 EDGE = max(FLOORS)
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

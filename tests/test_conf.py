@@ -12,12 +12,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from esd.config import EvaluateConfig, GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
+from esd.config import AnalyzeConfig, EvaluateConfig, GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
 from esd.main import help_text
 from esd.objectives import Objective
 
-SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}
-OF_EVALUATE = ("suite", "method")  # groups that only evaluate knows
+SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig, "analyze": AnalyzeConfig}
+OWN = {"evaluate": {"suite", "method"}, "analyze": {"analysis"}}  # groups that only one program knows
 NEEDED = {
     "suite=emoji_canvas": ["method=esd_u"],
     "suite=prompts": ["prompts=[a cat]"],
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 GROUPED = [path for path in FILES if path.parent != conf_dir()]
 
 
-def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig | EvaluateConfig:
+def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig | EvaluateConfig | AnalyzeConfig:
     ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         return OmegaConf.to_object(compose(config_name=name, overrides=overrides))
@@ -38,8 +38,9 @@ def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig | 
 @pytest.mark.parametrize("path", GROUPED, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_group_file_composes_into_a_config_that_passes_its_checks(path: Path) -> None:
     group, choice = path.parent.name, f"{path.parent.name}={path.stem}"
-    name = "evaluate" if group in OF_EVALUATE else "train"
-    needed = NEEDED.get(choice, ["suite=emoji_canvas"] if group == "method" else ["concepts=[cat]"])
+    name = next((program for program, groups in OWN.items() if group in groups), "train")
+    rest = {"method": ["suite=emoji_canvas"], "analysis": []}
+    needed = NEEDED.get(choice, rest.get(group, ["concepts=[cat]"]))
     config = composed(name, [choice, *needed])
     assert isinstance(config, SCHEMAS[name])
     config.check()
@@ -54,6 +55,7 @@ def test_the_default_groups_say_what_the_schema_says() -> None:
     assert composed("train", ["concepts=[cat]"]) == TrainConfig(concepts=["cat"])
     assert composed("generate", []) == GenerateConfig()
     assert composed("evaluate", []) == EvaluateConfig()
+    assert composed("analyze", []) == AnalyzeConfig()
     assert Objective() == Objective(**dataclasses.asdict(ObjectiveConfig()))  # type: ignore[arg-type]
 
 
@@ -67,8 +69,8 @@ def test_every_file_opens_with_the_command_that_runs_it(path: Path) -> None:
 def test_help_lists_every_setting_and_every_group(name: str, schema: type) -> None:
     text = help_text(name, schema)
     assert all(f"  {field}=" in text for field, _, _ in fields_of(schema()))
-    groups = {path.parent.name for path in GROUPED} - set(OF_EVALUATE) if name == "train" else {"model"}
-    groups |= set(OF_EVALUATE) if name == "evaluate" else set()
+    groups = {path.parent.name for path in GROUPED} - set().union(*OWN.values()) if name == "train" else {"model"}
+    groups |= OWN.get(name, set())
     assert all(f"  {group}=" in text for group in groups)
 
 
@@ -172,7 +174,7 @@ def test_upstream_columns_are_reproduced(experiment: str) -> None:
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *FILES]
-COMMAND = re.compile(r"python3? -m esd\.(train|generate|evaluate) ([^#\n`]*[^#\n`. )])")
+COMMAND = re.compile(r"python3? -m esd\.(train|generate|evaluate|analyze) ([^#\n`]*[^#\n`. )])")
 TYPED = [(page, *found) for page in PAGES for found in COMMAND.findall(page.read_text("utf-8")) if "=" in found[1]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd.config import GenerateConfig, TrainConfig, conf_dir, fields_of, slug
+from esd.config import AnalyzeConfig, GenerateConfig, TrainConfig, conf_dir, fields_of, slug
 from esd.errors import UserError
 
 
@@ -114,7 +114,7 @@ def test_the_run_directory_is_named_after_the_concepts() -> None:
     assert config(run_dir="elsewhere").run_path() == Path("elsewhere")
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("schema", [TrainConfig, GenerateConfig, AnalyzeConfig])
 def test_every_setting_says_what_it_means(schema: type) -> None:
     assert all(spec.metadata["help"] for _, _, spec in fields_of(schema()))
 
@@ -122,6 +122,7 @@ def test_every_setting_says_what_it_means(schema: type) -> None:
 def test_defaults_keep_their_own_rules() -> None:
     config().check()
     dataclasses.replace(GenerateConfig(), prompts=["a cat"]).check()
+    AnalyzeConfig().check()
 
 
 def test_the_folder_of_settings_is_found() -> None:

@@ -301,3 +301,13 @@ def test_a_model_whose_hooks_would_miss_calls_is_refused() -> None:
     family.denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(UserError, match="disable_cache"), attach(family, Skip("double")):
         pass
+
+
+@every
+def test_a_site_can_be_named_alone(name: str) -> None:
+    family = shared(name)
+    streams = (
+        [site for where in ("double.text", "double.image") for site in resolve(family, where)] if name in MMDITS else []
+    )
+    for site in [*layers(family), *resolve(family, "ff"), *streams]:
+        assert resolve(family, site.expression) == [site], site.expression

@@ -68,6 +68,11 @@ class Site:
     joined: bool = False
 
     @property
+    def expression(self) -> str:
+        """What names it and nothing else, in the language of `esd.selection`."""
+        return f"name:{self.path}.*" + (f" & {self.stack}.{self.stream}" if self.stream else "")
+
+    @property
     def attention(self) -> bool:
         """Whether it is an attention as a whole, with queries, keys and values."""
         return is_attention(self.module)

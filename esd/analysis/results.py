@@ -1,0 +1,115 @@
+"""What an analysis leaves: tables, figures with captions, and what took long to compute.
+
+    NAME.csv        a table
+    NAME.png        a figure
+    captions.md     every figure with what is seen in it
+    kept/NAME.npy   what took long; the same call reads it instead of computing it again
+    facts.json      what was looked into, so that nothing kept is taken for another model's
+
+Every file is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from esd.errors import UserError
+from esd.evaluation.table import write_table
+from esd.storage import atomic, write_json
+
+DPI = 130
+
+
+class Results:
+    """A folder of results.
+
+    Args:
+        folder: made where it does not exist.
+        facts: what was looked into, as JSON holds it; those of results that are there must be the same.
+
+    Raises:
+        UserError: the folder holds results of something else.
+    """
+
+    def __init__(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.captions: dict[str, str] = {}
+        self.tables: list[str] = []
+        self.notes: list[str] = []
+        if facts is not None:
+            self._hold(facts)
+
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` returned when it was first called for this name; it is not called again."""
+        file = self.folder / "kept" / f"{name}.npy"
+        if not file.is_file():
+            made = make()
+            with atomic(file) as staged, staged.open("wb") as out:
+                np.save(out, made, allow_pickle=False)
+        loaded: np.ndarray = np.load(file, allow_pickle=False)
+        return loaded
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes rows of equal columns as NAME.csv; numbers with six digits, None as nothing."""
+        write_table(self.folder / f"{name}.csv", [{key: _cell(value) for key, value in row.items()} for row in rows])
+        self.tables.append(name)
+
+    def figure(self, name: str, figure: Figure, caption: str) -> None:
+        """Writes NAME.png and its caption.
+
+        Args:
+            name: of the figure.
+            figure: as those of `esd.analysis.figures`.
+            caption: what is seen, with its numbers, worked out from what the figure shows.
+        """
+        with atomic(self.folder / f"{name}.png") as staged:
+            figure.savefig(staged, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
+        self.captions[name] = " ".join(caption.split())
+        self._write_captions()
+
+    def note(self, text: str) -> None:
+        """Adds a line that the program prints at its end, and captions.md holds after the figures."""
+        self.notes.append(text)
+        self._write_captions()
+
+    def _write_captions(self) -> None:
+        parts = [f"## {name}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in self.captions.items()]
+        with atomic(self.folder / "captions.md") as staged:
+            staged.write_text("\n".join([*parts, *(f"{text}\n" for text in self.notes)]), encoding="utf-8")
+
+    def told(self) -> str:
+        """Where the results are, in a line."""
+        figures = ", ".join(f"{name}.png" for name in self.captions)
+        tables = ", ".join(f"{name}.csv" for name in self.tables)
+        return f"{self.folder}: captions.md; {figures}; {tables}"
+
+    def _hold(self, facts: Mapping[str, Any]) -> None:
+        """Writes facts.json, or holds the facts against it."""
+        file = self.folder / "facts.json"
+        wanted = json.loads(json.dumps(facts))
+        if not file.is_file():
+            write_json(file, wanted)
+            return
+        there = json.loads(file.read_text(encoding="utf-8"))
+        for name, now in wanted.items():
+            before = there.get(name)
+            if before == now:
+                continue
+            known = [one if isinstance(one, dict) else {"it": one} for one in (before, now)]
+            key = next(key for key in {**known[0], **known[1]} if known[0].get(key) != known[1].get(key))
+            raise UserError(
+                f"run_dir={self.folder} holds results of another {name} ({key} is {known[0].get(key)} there, "
+                f"{known[1].get(key)} here); choose another run_dir, or remove that directory"
+            )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)

@@ -1,0 +1,105 @@
+"""Look inside a model, and see what an erasure changed in it.
+
+    python -m esd.analyze analysis=layers checkpoint=runs/cat run_dir=runs/cat-layers
+
+Every analysis leaves figures (`NAME.png`), tables (`NAME.csv`) and `captions.md`, which says what is seen. With a
+checkpoint it looks at the erased model beside the base. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from esd.config import AnalyzeConfig
+from esd.drawing import announce
+from esd.errors import UserError
+from esd.main import run_program
+from esd.model import check, find_device, load
+from esd.run import RunDirectory
+
+if TYPE_CHECKING:
+    from esd.analysis import Subject
+    from esd.checkpoint import Erased
+    from esd.evaluation.judges import EmojiJudge
+
+
+def main() -> None:
+    """The command line."""
+    run_program("analyze", AnalyzeConfig, analyze)
+
+
+def analyze(config: AnalyzeConfig) -> int:
+    """Looks at what `config` says; returns the exit code."""
+    run = RunDirectory(config.run_path(), config)
+    from esd import checkpoint
+    from esd.evaluation.judges import load_judge
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("esd.analyze runs in one process; start it as python -m esd.analyze ...")
+    check(config.model)
+    found = checkpoint.load(config.checkpoint) if config.checkpoint else None
+    judge = load_judge(config.model.path)
+    device = find_device(config.device)
+    beside = f", and without {', '.join(found.provenance.get('concepts', ()))}" if found else ""
+    announce(f"look at {config.analysis.name} of {config.model.path}{beside}")
+    announce(", ".join(f"{name}={value}" for name, value in vars(config.settings).items()))
+    if config.plan_only:
+        announce(f"results would go to {run.path}; plan_only=true, so nothing was looked at")
+        return 0
+    from esd.analysis import Results
+
+    subject = find_subject(config, found, judge, device)
+    module: Any = import_module(f"esd.analysis.{config.analysis.name}")
+    with run.claimed():
+        results = Results(run.path, facts(subject))
+        module.analyse(subject, results, **dataclasses.asdict(config.settings))
+    for line in results.notes:
+        announce(line)
+    announce(f"results are in {results.told()}")
+    return 0
+
+
+def find_subject(config: AnalyzeConfig, found: Erased | None, judge: EmojiJudge | None, device: str) -> Subject:
+    """The model, loaded, as analyses get it.
+
+    Raises:
+        UserError: the checkpoint is of another base, or the model takes no such number of steps.
+    """
+    from esd import checkpoint
+    from esd.analysis import Subject
+    from esd.evaluation.vocabulary import Vocabulary
+
+    family = load(config.model, device)
+    family.scheduler(config.num_steps)  # tells whether it knows so many
+    if found:
+        checkpoint.check(family.pipe, found)
+    for line in family.advice(config.num_steps, config.guidance_scale):
+        announce(line, warning=True)
+    if judge and judge.size and family.latent_shape(judge.size) != family.sample_shape:
+        announce(f"{judge.name} reads pictures of {judge.size} pixels, and the model's are not; pixels are compared")
+        judge = None
+    family.place("denoiser", "vae")
+    family.denoiser.requires_grad_(False)
+    return Subject(
+        family, found, Vocabulary.load(config.model.path), judge, num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale, seed=config.seed, batch_size=config.batch_size,
+    )  # fmt: skip
+
+
+def facts(subject: Subject) -> dict[str, Any]:
+    """What says which model was looked into."""
+    from esd.evaluation.generate import base_of
+
+    erased, judge = subject.checkpoint, subject.judge
+    return {
+        "base": base_of(subject.family),
+        "checkpoint": erased.identity() if erased else None,
+        "judge": {"name": judge.name, "hash": judge.hash} if judge else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`python -m esd.analyze`: what every analysis leaves, that it resumes and refuses; and what analyses are made of."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esd import checkpoint
+from esd.analysis import Results, Subject, figures
+from esd.errors import UserError
+from tests.families import shared
+from tests.programs import Command
+from tests.test_generate import erased_weights
+
+FAST = ("model.path=base", "num_steps=2", "device=cpu", "run_dir=out", "layers.prompts=[a cat]", "layers.pictures=1")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_figures_tables_and_captions_are_left_of_base_and_erased(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    ended = command("analyze", *FAST, "checkpoint=weights")
+    assert ended.code == 0, ended.err
+    assert "without cat" in ended.out and "results are in" in ended.out.splitlines()[-1]
+    table = rows(command.folder / "out/vitality.csv")
+    assert {"layer", "base", "erased"} <= set(table[0])
+    captions = (command.folder / "out/captions.md").read_text()
+    pictures = {name.removeprefix("out/") for name in command.files() if name.endswith(".png")}
+    assert pictures and all(f"]({name})" in captions for name in pictures)
+    assert json.loads((command.folder / "out/facts.json").read_text())["checkpoint"]["concepts"] == ["cat"]
+
+
+def test_the_same_command_computes_nothing_anew_and_other_settings_are_refused(command: Command) -> None:
+    assert command("analyze", *FAST).code == 0
+    kept = {path: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
+    tables = {path: path.read_bytes() for path in (command.folder / "out").glob("*.csv")}
+    assert kept and command("analyze", *FAST, "batch_size=2").code == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
+    assert tables == {path: path.read_bytes() for path in (command.folder / "out").glob("*.csv")}
+    ended = command("analyze", *FAST, "layers.pictures=2")
+    assert ended.code == 2 and "layers.pictures=1 there, 2 here" in ended.err
+
+
+def test_another_model_in_the_same_place_is_refused(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    assert command("analyze", *FAST, "checkpoint=weights").code == 0
+    erased_weights(command.folder / "weights/erased.safetensors")
+    saved = checkpoint.load(command.folder / "weights")
+    told = saved.provenance | {"concepts": ["dog"]}
+    checkpoint.save(saved.path, saved.differences, told)
+    ended = command("analyze", *FAST, "checkpoint=weights")
+    assert ended.code == 2 and "holds results of another checkpoint (sha256 is " in ended.err
+
+
+def test_a_plan_computes_nothing(command: Command) -> None:
+    before = command.files()
+    ended = command("analyze", *FAST, "plan_only=true")
+    assert ended.code == 0 and "layers" in ended.out and command.files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["analysis=layer"], "analysis=layer: allowed: "),
+        (["analysis.name=layer"], "analysis.name=layer: allowed: "),
+        (["layers.prompts=[]"], "layers.prompts=[] leaves nothing to look at; allowed: such as layers.prompts="),
+        (["layers.picture=1"], "unknown setting 'layers.picture'; nearest: layers.pictures"),
+        (["checkpoint=nowhere"], "there is no file"),
+        (["num_steps=0"], "num_steps=0"),
+        (["device=gpu"], "device=gpu"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(command: Command, arguments: list[str], told: str) -> None:
+    ended = command("analyze", *FAST, *arguments)
+    assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert not (command.folder / "out").exists()
+
+
+def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> np.ndarray:
+        made.append(1)
+        return np.arange(3.0)
+
+    first, again = Results(tmp_path).kept("x", make), Results(tmp_path).kept("x", make)
+    assert made == [1] and (first == again).all()
+    Results(tmp_path, {"base": {"name": "a"}})
+    with pytest.raises(UserError, match=r"another base \(name is a there, b here\)"):
+        Results(tmp_path, {"base": {"name": "b"}})
+
+
+def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.table("t", [{"layer": "mid", "share": np.float64(1 / 3), "n": 4, "p": None}])
+    assert (tmp_path / "t.csv").read_text() == "layer,share,n,p\nmid,0.333333,4,\n"
+    figure, (one, two, three, _) = figures.panels(2, 2, title="all")
+    figures.lines(one, [1, 2], {"a": np.ones(2), "b": np.zeros(2)}, x_name="step", y_name="distance")
+    figures.bars(two, ["a", "b"], {"base": np.array([1.0, 2.0])}, x_name="distance")
+    figures.heat(three, np.array([[1.0, -2.0], [np.nan, 0.0]]), rows="ab", columns="cd", y_name="y", x_name="x",
+                 unit="u", signed=True, tell=True)  # fmt: skip
+    results.figure("f", figure, "What is\n  seen.")
+    grid = figures.pictures(
+        np.full((2, 3, 8, 8, 3), 200, np.uint8), title="t", rows=["a", "b"], columns=["1", "2", "3"]
+    )
+    results.figure("g", grid, "Three.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.md", "f.png", "g.png", "t.csv"]
+    assert (tmp_path / "captions.md").read_text().startswith("## f\n\n![f](f.png)\n\nWhat is seen.\n\n## g")
+
+
+def test_a_subject_draws_the_same_whatever_the_batch_and_tells_versions_apart() -> None:
+    family = shared("sd1")
+    one, many = (Subject(family, num_steps=2, batch_size=size) for size in (1, 3))
+    prompts, seeds = ["a cat", "a dog", "a rose"], one.seeds(3)
+    assert np.abs(one.draw(prompts, seeds).astype(int) - many.draw(prompts, seeds)).max() <= 1
+    pictures = one.draw(prompts, seeds)
+    assert one.distance(pictures, pictures).tolist() == [0, 0, 0] and one.distance(pictures, pictures[::-1])[0] > 0
+    assert one.versions == ("base",)
