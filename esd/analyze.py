@@ -56,6 +56,8 @@ def analyze(config: AnalyzeConfig) -> int:
     with run.claimed():
         results = Results(run.path, facts(subject))
         module.analyse(subject, results, **dataclasses.asdict(config.settings))
+    for line in results.notes:
+        announce(line)
     announce(f"results are in {results.told()}")
     return 0
 

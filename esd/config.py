@@ -491,14 +491,63 @@ class AnalysisConfig:
     name: str = option("layers", "what is looked at; its own settings are those under its name", one_of=ANALYSES)
 
 
+class AnalysisSettings:
+    """What the settings of every analysis share."""
+
+    def check(self) -> None:
+        """Raises UserError for values that do not fit each other."""
+
+
 @dataclass
-class LayersConfig:
+class LayersConfig(AnalysisSettings):
     """Settings of analysis=layers; see `esd.analysis.layers`."""
 
     prompts: list[str] = option(
-        ["a cat in the mosaic style", "a rose in the watercolor style"], "drawn with and without each layer"
+        [
+            "a cat in the mosaic style",
+            "a house in the watercolor style",
+            "a rose in the neon style",
+            "a guitar in the flat style",
+        ],
+        "drawn with layers left out, or with layers that read another prompt or seed",
     )
-    pictures: int = option(4, "of each prompt, each with its own seed", at_least=1)
+    other_things: list[str] = option(
+        [
+            "a house in the mosaic style",
+            "a cat in the watercolor style",
+            "a guitar in the neon style",
+            "a rose in the flat style",
+        ],
+        "for each of the prompts one that asks for another thing, otherwise alike",
+    )
+    other_styles: list[str] = option(
+        [
+            "a cat in the watercolor style",
+            "a house in the mosaic style",
+            "a rose in the flat style",
+            "a guitar in the neon style",
+        ],
+        "for each of the prompts one that asks for another style, otherwise alike",
+    )
+    pictures: int = option(4, "of each prompt, where one layer is left out; each with its own seed", at_least=1)
+    window_pictures: int = option(1, "of each prompt, under every other edit; at most layers.pictures", at_least=1)
+    lengths: list[int] = option([], "of windows of consecutive layers; [] is every length", at_least=1)
+    weights: list[float] = option([1.0, 5.0, 10.0], "w, of what layers make of the text", at_least=0)
+
+    def check(self) -> None:
+        """Raises UserError for prompts without counterpart, or for more pictures of windows than there are."""
+        for name in ("other_things", "other_styles"):
+            told = getattr(self, name)
+            if len(told) != len(self.prompts):
+                raise UserError(
+                    f"layers.{name} has {len(told)} for {len(self.prompts)} layers.prompts; give one for each"
+                )
+        if len(set(self.prompts)) < len(self.prompts):
+            raise UserError(f"layers.prompts={self.prompts} names a prompt twice; allowed: each once")
+        if self.window_pictures > self.pictures:
+            raise UserError(
+                f"layers.window_pictures={self.window_pictures}: allowed: at most layers.pictures={self.pictures}"
+            )
 
 
 @dataclass
@@ -578,6 +627,7 @@ class AnalyzeConfig:
                     raise UserError(f"{name}={value} says nothing to analysis={own}; set analysis={analysis}")
                 if analysis == own and value == [] != defaults[name]:
                     raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={defaults[name]}")
+        self.settings.check()
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the analysis and the checkpoint."""

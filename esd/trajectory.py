@@ -98,9 +98,7 @@ def rollout(
     low, high = int(stops.min()), int(stops.max())
     if low < 0 or high > len(times_left) or (keep == "all" and low != high):
         raise ValueError(f"stop is {stop}; allowed: 0 to {len(times_left)}, the same for all samples with keep='all'")
-    guided = family.guidance == "cfg" and guidance_scale > 1
-    cond = family.with_guidance(cond, guidance_scale)
-    conditionings = [null[[0] * len(x_T)] if len(null) == 1 else null, cond] if guided else [cond]
+    conditionings = conditionings_of(family, cond, null, guidance_scale)
     takes_noise = generators is not None and "generator" in inspect.signature(solver.step).parameters
     visits = _walk(
         family, denoiser, solver, family.first_latents(solver, x_T), times_left, stops, conditionings,
@@ -122,7 +120,7 @@ def rollout(
         inputs=stack(lambda v: v.x_in),
         t=stack(lambda v: v.t.expand(len(x_T))),
         cond=stack(lambda v: v.predictions[-1]),
-        null=stack(lambda v: v.predictions[0]) if guided else None,
+        null=stack(lambda v: v.predictions[0]) if len(conditionings) == 2 else None,
         final=last.x,
     )
 
@@ -164,11 +162,38 @@ def _walk(
             return
         parts = predict_many(family, denoiser, x_in[rows], t, [c[rows] for c in conditionings], max_batch)
         yield _Visit(i, x, x_in, t, parts)
-        mixed = parts[0] + guidance_scale * (parts[1] - parts[0]) if len(parts) == 2 else parts[0]
-        prediction = torch.zeros_like(x).index_copy(0, rows, mixed)
+        prediction = torch.zeros_like(x).index_copy(0, rows, mixed(parts, guidance_scale))
         x = solver.step(prediction, t, x, return_dict=False, **noise)[0]
     x = edit(solver, len(timesteps), x) if edit else x
     yield _Visit(len(timesteps), x, x, timesteps.new_zeros(()), [])
+
+
+def conditionings_of(
+    family: Family, cond: Conditioning, null: Conditioning, guidance_scale: float
+) -> list[Conditioning]:
+    """What the denoiser is asked for at each point: null prompt (one row or b) and prompts, or the prompts alone."""
+    told = family.with_guidance(cond, guidance_scale)
+    if family.guidance != "cfg" or guidance_scale <= 1:
+        return [told]
+    return [null[[0] * len(told)] if len(null) == 1 else null, told]
+
+
+def mixed(predictions: Sequence[Tensor], guidance_scale: float) -> Tensor:
+    """null + scale (cond - null) of the predictions for `conditionings_of`; the only one as it is."""
+    null, cond = predictions[0], predictions[-1]
+    return null + guidance_scale * (cond - null) if len(predictions) == 2 else cond
+
+
+def clean(family: Family, x_in: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+    """x0_hat (b, c, h, w): the clean latents that a prediction makes of what the denoiser got at t (scalar or (b,))."""
+    alpha, sigma = (level.view(-1, 1, 1, 1) for level in family.alpha_sigma(t.expand(len(x_in))))
+    match family.prediction_type:
+        case "epsilon":
+            return (x_in - sigma * prediction) / alpha
+        case "v_prediction":
+            return alpha * x_in - sigma * prediction
+        case "flow":
+            return x_in - sigma * prediction
 
 
 def predict_many(

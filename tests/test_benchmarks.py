@@ -146,3 +146,14 @@ def test_batches_are_compared_with_one_prompt_at_a_time(
 def test_prompts_of_a_benchmark_are_spread_over_what_the_model_knows() -> None:
     prompts = benchmark("generate_speed").prompts_of("checkpoints/emoji-sd", 32)
     assert len(set(prompts)) == 32 and len({prompt.split(" in the ")[0] for prompt in prompts}) == 32
+
+
+def test_capturing_attention_is_compared_with_plain_sampling(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--images 2 --steps 2 --rounds 2 --device cpu"
+    benchmark("attention_capture").main(["--model", str(tiny_model_dir), *small.split()])
+    *rounds, last = capsys.readouterr().out.splitlines()
+    told = json.loads(last)
+    assert len(rounds) == 2 and told["pictures_identical"] and told["places"] == 4 and told["maps_gib"] > 0
+    assert told["ratio"] > 0 and len(told["ratio_by_round"]) == 2

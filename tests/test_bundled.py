@@ -15,6 +15,9 @@ from esd.evaluation.generate import sample
 from esd.evaluation.judges import EmojiJudge, load_judge
 from esd.evaluation.prompts import fill
 from esd.evaluation.vocabulary import Vocabulary
+from esd.families import family_of
+from esd.interventions import AttentionMaps, positions_of
+from esd.interventions import sample as sample_under_ops
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 MODEL = CHECKPOINTS / "emoji-sd"
@@ -92,3 +95,15 @@ def test_a_reading_does_not_depend_on_the_precision_around_it() -> None:
 @pytest.mark.parametrize("folder", ["emoji-sd", "emoji-clip", "emoji-judge"])
 def test_every_model_has_a_card_with_licence(folder: str) -> None:
     assert "license:" in (CHECKPOINTS / folder / "README.md").read_text()
+
+
+def test_words_of_a_scene_are_attended_to_on_their_side(pipe: StableDiffusionPipeline) -> None:
+    family, scenes = family_of(pipe), [("cat", "rose"), ("dog", "pizza"), ("rose", "cat"), ("owl", "rocket")]
+    prompts = [f"a {first} and a {second}" for first, second in scenes]
+    maps = AttentionMaps("cross", resolution=8)
+    sample_under_ops(family, prompts, range(4), maps, num_steps=8)
+    mean = maps.maps.mean()
+    for row, (prompt, words) in enumerate(zip(prompts, scenes, strict=True)):
+        shares = [float(at[:, :4].sum() / at.sum()) for word in words for at in
+                  [mean[row, positions_of(family, prompt, word)].sum(0)]]  # fmt: skip
+        assert shares[0] > 0.6 > 0.4 > shares[1], (prompt, shares)

@@ -8,6 +8,7 @@ Source: colours of Okabe and Ito, "Color universal design" (2008).
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,7 @@ def lines(
     y_name: str,
     title: str = "",
     spread: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ticks: Sequence[str] | None = None,
 ) -> None:
     """Draws curves over x, with a legend where there are several.
 
@@ -76,6 +78,7 @@ def lines(
         y_name: label with unit.
         title: of the panel.
         spread: name to the lower and upper end of a band around its curve, (n,) each.
+        ticks: names of the places, in place of numbers.
     """
     with style():
         for number, (name, y) in enumerate(curves.items()):
@@ -84,6 +87,9 @@ def lines(
             if spread and name in spread:
                 ax.fill_between(x, *spread[name], color=colour, alpha=0.15, linewidth=0)
         ax.set(xlabel=x_name, ylabel=y_name, title=title)
+        if ticks:
+            each = -(-len(ticks) // 24)
+            ax.set_xticks(x[::each], ticks[::each], rotation=90)
         if len(curves) > 1:
             ax.legend()
 
@@ -184,6 +190,8 @@ def pictures(
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     labels: Sequence[Sequence[str]] | None = None,
+    row_name: str = "",
+    column_name: str = "",
     width: float = WIDTH,
 ) -> Figure:
     """A grid of pictures.
@@ -194,20 +202,27 @@ def pictures(
         rows: label beside each row.
         columns: label above each column.
         labels: a line above each picture, in place of labels of columns.
+        row_name: what the rows are.
+        column_name: what the columns are.
         width: of the figure, in inches.
     """
     count, across, high, wide = images.shape[:4]
-    margin = 0.085 * max((len(name) for name in rows or ()), default=0)
-    cell = (width - margin) / across
-    line = 0.24 if labels else 0.06
+    told = ["\n".join(textwrap.fill(part, 20) for part in name.split("\n")) for name in rows or ()]
+    left = (
+        0.1 + 0.085 * max((len(line) for name in told for line in name.split("\n")), default=0) + 0.25 * bool(row_name)
+    )
+    cell = (width - left) / across
+    tall, longest = cell * high / wide, max(map(len, columns), default=0) if columns else 0
+    slanted = 0.085 * longest > cell
+    line = 0.24 if labels else 0.0
+    head = (0.22 + 0.05 * longest * slanted if columns else 0.0) + 0.33
+    height = head + count * (tall + line) + 0.05 + 0.25 * bool(column_name)
     with style():
-        figure = Figure(
-            figsize=(width, count * (cell * high / wide + line) + 0.75 + (0.3 if columns else 0)), layout="constrained"
-        )
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)  # type: ignore[union-attr]
-        axes = figure.subplots(count, across, squeeze=False)
-        for (row, column), ax in np.ndenumerate(axes):
-            ax.set(xticks=[], yticks=[])
+        figure = Figure(figsize=(width, height))
+        for (row, column), _ in np.ndenumerate(np.empty((count, across))):
+            corner = left + column * cell, height - head - row * (tall + line) - line - tall
+            size = 0.95 * cell / width, 0.95 * tall / height
+            ax = figure.add_axes((corner[0] / width, corner[1] / height, *size), xticks=[], yticks=[])
             ax.grid(visible=False)
             ax.spines[:].set_visible(False)
             if images[row, column].any():
@@ -215,8 +230,44 @@ def pictures(
             if labels and labels[row][column]:
                 ax.set_title(labels[row][column], fontsize=10, pad=3)
             elif columns and not row:
-                ax.set_title(columns[column], fontsize=10, pad=4)
+                turn: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {}
+                x = 0.3 if slanted else 0.5
+                ax.text(x, 1.04, columns[column], fontsize=10, transform=ax.transAxes, **{"ha": "center"} | turn)
             if rows and not column:
-                ax.set_ylabel(rows[row], rotation=0, ha="right", va="center", fontsize=10)
-        figure.suptitle(title)
+                ax.set_ylabel(told[row], rotation=0, ha="right", va="center", fontsize=10)
+        figure.suptitle(title, y=1 - 0.05 / height, va="top")
+        figure.text((left + width) / 2 / width, 0.06 / height, column_name, ha="center", fontsize=11)
+        figure.text(
+            0.12 / width, 0.5 * (1 - head / height), row_name, rotation=90, ha="center", va="center", fontsize=11
+        )
     return figure
+
+
+def wrapped(
+    series: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str],
+    *,
+    title: str,
+    rows: Sequence[str] | None = None,
+    across: int = 8,
+) -> Figure:
+    """Rows of labelled pictures, each broken into lines as text is.
+
+    Args:
+        series: pictures, uint8 RGB (H, W, 3) each; as many in each series as there are labels.
+        labels: above each picture.
+        title: above all.
+        rows: what each series is, above its first line.
+        across: most pictures in a line.
+    """
+    count = -(-len(labels) // across)  # lines, as evenly filled as can be
+    across = -(-len(labels) // count)
+    blank = np.zeros_like(series[0][0])
+    fill = count * across - len(labels)
+    grid = np.array([[*images, *[blank] * fill] for images in series])
+    names = [*labels, *[""] * fill]
+    lines_of = [names[i : i + across] for i in range(0, len(names), across)] * len(series)
+    return pictures(
+        grid.reshape(count * len(series), across, *blank.shape), title=title, labels=lines_of,
+        rows=[name if not line else "" for name in rows for line in range(count)] if rows else None,
+    )  # fmt: skip

@@ -41,6 +41,7 @@ class Results:
         self.folder = Path(folder)
         self.captions: dict[str, str] = {}
         self.tables: list[str] = []
+        self.notes: list[str] = []
         if facts is not None:
             self._hold(facts)
 
@@ -70,9 +71,17 @@ class Results:
         with atomic(self.folder / f"{name}.png") as staged:
             figure.savefig(staged, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
         self.captions[name] = " ".join(caption.split())
+        self._write_captions()
+
+    def note(self, text: str) -> None:
+        """Adds a line that the program prints at its end, and captions.md holds after the figures."""
+        self.notes.append(text)
+        self._write_captions()
+
+    def _write_captions(self) -> None:
         parts = [f"## {name}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in self.captions.items()]
         with atomic(self.folder / "captions.md") as staged:
-            staged.write_text("\n".join(parts), encoding="utf-8")
+            staged.write_text("\n".join([*parts, *(f"{text}\n" for text in self.notes)]), encoding="utf-8")
 
     def told(self) -> str:
         """Where the results are, in a line."""

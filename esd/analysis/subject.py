@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from esd.checkpoint import Erased
 from esd.evaluation.judges import EmojiJudge
 from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
-from esd.interventions import Op, sample
+from esd.interventions import Op, Source, sample
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,37 @@ class Subject:
                 num_steps=self.num_steps, guidance_scale=self.guidance_scale,
             ).images  # fmt: skip
             drawn.append((images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8))
+        return np.concatenate(drawn)
+
+    def draw_from(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sources: Sequence[Source],
+        make: Callable[[Source, tuple[int, ...]], Op],
+    ) -> np.ndarray:
+        """Pictures that each take something from a run of their own.
+
+        Args:
+            prompts: n texts.
+            seeds: n seeds.
+            sources: n other runs; of equal ones a batch draws one.
+            make: the op for a source and the rows of the batch that take from it.
+
+        Returns:
+            uint8 RGB (n, H, W, 3).
+
+        Raises:
+            UserError: see `esd.interventions.sample`.
+        """
+        drawn = []
+        for i in range(0, len(prompts), self.batch_size):
+            batch = slice(i, i + self.batch_size)
+            rows: dict[Source, tuple[int, ...]] = {}
+            for row, source in enumerate(sources[batch]):
+                rows[source] = (*rows.get(source, ()), row)
+            ops = [make(source, taking) for source, taking in rows.items()]
+            drawn.append(self.draw(prompts[batch], seeds[batch], *ops))
         return np.concatenate(drawn)
 
     @cached_property

@@ -28,6 +28,7 @@ Guidance = Literal["cfg", "distilled", "none"]
 Null = Literal["zeros", "empty"]
 Part = Literal["encoders", "denoiser", "vae"]
 Denoiser = Callable[..., Any]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Family(ABC):
         aliases: the model's own words for roles, such as attn2 for cross.
         absent: roles that this architecture has not, with what to say instead.
         time_unit: what the denoiser is told for a time of 1 of the scheduler's.
+        text_first: whether text tokens stand before image tokens where joint attention sees both.
         stacks_passes: whether the stock pipeline evaluates null prompt and prompt in one batch, in this order; else
             it calls the denoiser for the prompt, and for the null prompt after it.
         dtype: floating-point type of the base's denoiser.
@@ -92,6 +94,7 @@ class Family(ABC):
     aliases: ClassVar[Mapping[str, str]] = ALIASES
     absent: ClassVar[Mapping[str, str]] = {}
     time_unit: ClassVar[float] = 1.0
+    text_first: ClassVar[bool] = True
     stacks_passes: ClassVar[bool] = True
 
     guidance: Guidance
@@ -248,13 +251,30 @@ class Family(ABC):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Scales (b,) of signal and noise in x_t = α x_0 + σ ε, float32; a fractional t (b,) interpolates."""
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, H, W), float32 in [0, 1], of clean latents (b, c, h, w)."""
+        return self.render(latents).clamp(0, 1)
+
+    @abstractmethod
+    def render(self, latents: Tensor) -> Tensor:
+        """As `decode`, but gradients flow, also where a value lies outside of [0, 1], for it is not clamped."""
 
     @abstractmethod
     def parameter_infos(self) -> list[ParameterInfo]:
         """The role of every parameter of the denoiser, in the model's order."""
+
+    @abstractmethod
+    def token_spans(self, prompt: str) -> list[list[Span | None]]:
+        """Which characters of a prompt each text token stands for, as the denoiser gets them.
+
+        Returns:
+            a list for each encoder whose tokens follow one another, with (begin, end) for each token; None for one that
+            stands for none of the prompt, such as start, end and padding.
+
+        Raises:
+            UserError: the tokenizer does not tell.
+        """
 
     @abstractmethod
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:

@@ -27,8 +27,8 @@ from torch.nn import functional
 from esd.errors import UserError
 from esd.selection import ParameterInfo, Preset
 
-from .base import Conditioning, Denoiser, Guidance, check_steps
-from .pipeline import PipelineFamily, parameter_infos
+from .base import Conditioning, Denoiser, Guidance, Span, check_steps
+from .pipeline import PipelineFamily, parameter_infos, spans
 
 _STACKS = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
 _ROOTS: Mapping[str, tuple[str, str, str | None]] = {  # module -> stack, part, stream
@@ -132,6 +132,7 @@ class StableDiffusion3(FlowFamily):
     name: ClassVar[str] = "stable-diffusion-3"
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_3",)  # the pipeline reads zeros for T5
+    text_first: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, str]] = {"attn": "joint", "attn2": "self"}
     absent: ClassVar[Mapping[str, str]] = {"cross": _NO_CROSS}
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -169,6 +170,13 @@ class StableDiffusion3(FlowFamily):
     def _reader(self) -> tuple[Any, int]:
         """T5 reads 256 tokens where the CLIP encoders stop at 77; without T5 it is CLIP."""
         return super()._reader() if self.pipe.text_encoder_3 is None else (self.pipe.tokenizer_3, self.max_tokens)
+
+    def token_spans(self, prompt: str) -> list[list[Span | None]]:
+        """Tokens of both CLIP encoders at once, and T5's after them; see `Family.token_spans`."""
+        first, last = self.pipe.tokenizer, self.pipe.tokenizer_3
+        read: list[Span | None]
+        read = [None] * self.max_tokens if self.pipe.text_encoder_3 is None else spans(last, self.max_tokens, prompt)
+        return [spans(first, first.model_max_length, prompt), read]
 
     def _encode(self, prompt: str, device: torch.device) -> Conditioning:
         """{"encoder_hidden_states": (1, n, d), "pooled_projections": (1, p)}."""
@@ -311,14 +319,26 @@ class Flux2Klein(_FluxFamily):
     def cut(self, prompts: Sequence[str]) -> dict[str, str]:
         """As `Family.cut`; the prompt stands inside a chat template, whose tokens count."""
         tokenizer, ends = self.pipe.tokenizer, dict[str, str]()
-        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         for prompt in prompts:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
-            spans = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-            if len(spans) > self.max_tokens:
-                end = prompt[max(0, spans[self.max_tokens][0] - text.index(prompt)) :].strip()
+            text = self._in_template(prompt)
+            found = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            if len(found) > self.max_tokens:
+                end = prompt[max(0, found[self.max_tokens][0] - text.index(prompt)) :].strip()
                 ends |= {prompt: end} if end else {}  # else the template alone is cut
         return ends
+
+    def token_spans(self, prompt: str) -> list[list[Span | None]]:
+        """Tokens of the chat template stand for none of the prompt; see `Family.token_spans`."""
+        text = self._in_template(prompt)
+        begin = text.index(prompt)
+        found = spans(self.pipe.tokenizer, self.max_tokens, text)
+        shifted = [span and (max(span[0] - begin, 0), min(span[1] - begin, len(prompt))) for span in found]
+        return [[span if span and span[0] < span[1] else None for span in shifted]]
+
+    def _in_template(self, prompt: str) -> str:
+        """The text that the encoder reads for a prompt."""
+        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(self.pipe.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template))
 
     def _text_ids(self, count: int) -> Tensor:
         one = torch.arange(1)

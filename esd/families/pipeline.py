@@ -21,7 +21,7 @@ from esd import seeding
 from esd.errors import UserError
 from esd.selection import ParameterInfo
 
-from .base import Conditioning, Family, Part
+from .base import Conditioning, Family, Part, Span
 
 _WHOLE_VOCABULARY = 20_000  # a tokenizer with fewer entries was made for a closed list of words
 
@@ -135,12 +135,11 @@ class PipelineFamily(Family):
         edge = size // self.pixels_per_latent
         return self.sample_shape[0], edge, edge
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (b, 3, H, W), float32 in [0, 1], by the VAE decoder."""
+    def render(self, latents: Tensor) -> Tensor:
+        """Images (b, 3, H, W), float32, by the VAE decoder; see `Family.render`."""
         vae = self.pipe.vae
         images = vae.decode(self._vae_latents(latents.to(vae.device)).to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return images.float() / 2 + 0.5
 
     def _vae_latents(self, latents: Tensor) -> Tensor:
         """What the VAE decodes, of the latents (b, c, h, w) that the denoiser makes."""
@@ -169,6 +168,10 @@ class PipelineFamily(Family):
     def _reader(self) -> tuple[Any, int]:
         """The tokenizer whose encoder reads most of a prompt, and the most tokens it takes."""
         return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+
+    def token_spans(self, prompt: str) -> list[list[Span | None]]:
+        """Which characters of a prompt each text token stands for; see `Family.token_spans`."""
+        return [spans(*self._reader(), prompt)]
 
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:
         """Words and symbols, such as emoji, that the tokenizer spells out instead of knowing.
@@ -218,6 +221,24 @@ def parameter_infos(module: nn.Module, role: Callable[[str], dict[str, Any]]) ->
         ParameterInfo(name, parameter.numel(), tuple(parameter.shape), kinds[name], **role(name))
         for name, parameter in module.named_parameters()
     ]
+
+
+def spans(tokenizer: Any, length: int, text: str) -> list[Span | None]:
+    """The characters of a text that each of so many tokens stands for; None for special tokens and padding.
+
+    Raises:
+        UserError: the tokenizer does not tell.
+    """
+    try:
+        read = tokenizer(
+            text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
+        )["offset_mapping"]  # fmt: skip
+    except NotImplementedError:
+        raise UserError(
+            f"{type(tokenizer).__name__} does not tell which characters its tokens stand for; load the model with a "
+            "fast tokenizer (tokenizer.json)"
+        ) from None
+    return [(begin, end) if end > begin else None for begin, end in read]
 
 
 def _kind(module: nn.Module) -> str:

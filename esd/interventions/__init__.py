@@ -4,15 +4,22 @@
 `sites.resolve` says where an expression takes hold. Base and erased models, UNets and transformers are treated alike.
 """
 
+from .attention import AttentionEdit, AttentionMaps, Maps, Reweight
 from .clock import Moment
 from .graft import Graft
-from .hooks import Call, Op, SiteOp, Source, attach
+from .hooks import attach
+from .latents import Guide, LocalBlend
+from .ops import AttentionOp, Call, Latents, Op, SiteOp, Source
+from .probabilities import Attention
 from .record import Record, Recording
 from .sampling import Drawn, sample
 from .sites import Site, blocks, layers, resolve
 from .streams import CrossSeed, InjectText, Patch, Scale, Skip, Transplant
+from .words import positions_of, token_texts
 
 __all__ = [
-    "Call", "CrossSeed", "Drawn", "Graft", "InjectText", "Moment", "Op", "Patch", "Record", "Recording", "Scale",
-    "Site", "SiteOp", "Skip", "Source", "Transplant", "attach", "blocks", "layers", "resolve", "sample",
+    "Attention", "AttentionEdit", "AttentionMaps", "AttentionOp", "Call", "CrossSeed", "Drawn", "Graft", "Guide",
+    "InjectText", "Latents", "LocalBlend", "Maps", "Moment", "Op", "Patch", "Record", "Recording", "Reweight", "Scale",
+    "Site", "SiteOp", "Skip", "Source", "Transplant", "attach", "blocks", "layers", "positions_of", "resolve", "sample",
+    "token_texts",
 ]  # fmt: skip

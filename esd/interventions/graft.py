@@ -13,7 +13,7 @@ from esd.errors import UserError
 from esd.families import Family
 
 from .clock import Moment
-from .hooks import Op
+from .ops import Op
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,122 +25,10 @@ from torch import Tensor, nn
 from esd.errors import UserError
 from esd.families import Family
 
-from .clock import Clock, Moment, Pass, Scope
-from .sites import Site, Streams, resolve
-
-On = Pass | Literal["both"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Another run whose tensors an op takes: what it draws, from which noise."""
-
-    prompt: str
-    seed: int
-
-
-@dataclass
-class Call:
-    """One call of one site, as an op sees it.
-
-    Attributes:
-        site: that is called.
-        moment: of the denoiser's call.
-        given: each stream's tensor as it came to the site, before any op; the whole batch first.
-        inputs: the same as the site works on it; an op returns others, it does not write into them.
-        outputs: the same of what the site returned; empty before it ran.
-        positions: rows of the batch that the op may change.
-        source: row of the batch that each of `positions` takes from; empty for an op without a source.
-    """
-
-    site: Site
-    moment: Moment
-    given: Streams
-    inputs: Streams
-    outputs: Streams
-    positions: list[int]
-    source: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Op:
-    """An intervention; subclasses say what it does.
-
-    Attributes:
-        steps: half-open range of scheduler steps, as numbers (0, 5) or as fractions of all of them (0.0, 0.5); None
-            for all.
-        on: the pass that it works on.
-        rows: samples of the batch; None for all but those that only serve as a source.
-    """
-
-    steps: Scope = None
-    on: On = "both"
-    rows: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a range of steps that holds none, or a pass of another name."""
-        if self.steps is not None:
-            low, high = self.steps
-            fractions = isinstance(low, float) or isinstance(high, float)
-            if not 0 <= low < high or (fractions and high > 1):
-                raise UserError(f"steps={self.steps}: allowed: numbers such as (0, 5), or fractions such as (0.0, 0.5)")
-        if self.on not in ("cond", "uncond", "both"):
-            raise UserError(f"on={self.on!r}: allowed: cond, uncond, both")
-
-    def sites(self, family: Family) -> list[Site]:
-        """Where it takes hold.
-
-        Raises:
-            UserError: nowhere, or at a site that it cannot work on.
-        """
-        return []
-
-    def begin(self, moment: Moment) -> None:
-        """Called before each evaluation of the denoiser."""
-
-    def before(self, call: Call) -> Streams | None:
-        """Other inputs for the site, of streams that change; None to leave them."""
-        return None
-
-    def after(self, call: Call) -> Streams | None:
-        """Other outputs, of streams that change; None to leave them."""
-        return None
-
-    def attend(self, call: Call, probabilities: Tensor, values: Tensor) -> Tensor | None:
-        """Other attention probabilities (b, heads, queries, keys), float32; None to leave them."""
-        return None
-
-    def edit(self, moment: Moment, x: Tensor) -> Tensor:
-        """Other latents x (b, c, h, w) before the step of a moment; only where this package samples."""
-        return x
-
-    @contextmanager
-    def attached(self, family: Family) -> Iterator[None]:
-        """What holds for the length of the `with` block beside hooks."""
-        yield
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteOp(Op):
-    """An op that takes hold of sites.
-
-    Attributes:
-        where: an expression, see `esd.interventions.sites.resolve`; or sites.
-    """
-
-    where: str | Sequence[Site] = field(kw_only=False)
-
-    def sites(self, family: Family) -> list[Site]:
-        """The sites that `where` names, each held against `check`."""
-        found = resolve(family, self.where) if isinstance(self.where, str) else list(self.where)
-        if not found:
-            raise UserError(f"{type(self).__name__}: no site is given; give at least one")
-        for site in found:
-            self.check(site)
-        return found
-
-    def check(self, site: Site) -> None:
-        """Raises UserError for a site that it cannot work on."""
+from .clock import Clock, Moment, Pass
+from .ops import AttentionOp, Call, Latents, Op, Predict, Source, placed, source_of
+from .probabilities import Attention, Interception, Layout
+from .sites import Site, Streams
 
 
 class Hooks:
@@ -150,12 +38,17 @@ class Hooks:
         family: of the model.
         ops: in the order they work.
         sources: row of the batch that draws each source.
+        prompts: of each sample; None where they are not known.
     """
 
-    def __init__(self, family: Family, ops: Sequence[Op], sources: Mapping[Source, int]) -> None:
-        self.clock = Clock(family)
-        self.ops, self._family, self._sources = tuple(ops), family, sources
+    def __init__(
+        self, family: Family, ops: Sequence[Op], sources: Mapping[Source, int], prompts: Sequence[str] | None
+    ) -> None:
+        self.clock, self.attention = Clock(family), Interception()
+        self.ops, self._family, self._sources, self._prompts = tuple(ops), family, sources, prompts
         self._now: Moment | None = None
+        self._grid = (1, 1)  # of the latents, or of the image tokens, of the call under way
+        self._sampling: tuple[tuple[Pass, ...], Predict] | None = None
         self.at: dict[str, list[tuple[Site, Op]]] = {}  # path to what holds there, in the order of the ops
         for op in ops:
             for site in op.sites(family):
@@ -184,7 +77,14 @@ class Hooks:
         text = told.get("encoder_hidden_states")
         x = next(value for name, value in told.items() if name != "self")
         self._now = self.clock.moment(len(x), told["timestep"], None if text is None else text.shape[1])
+        ids = told.get("img_ids")
+        self._grid = _extent(ids) if ids is not None else (x.shape[-2], x.shape[-1])
         for op in self.ops:
+            if self._sampling is None and _edits(op):
+                raise UserError(
+                    f"{type(op).__name__} works on latents between steps, of which a stock pipeline does not tell; "
+                    "draw with esd.interventions.sample"
+                )
             op.begin(self._now)
 
     def calls(self, path: str) -> Iterator[tuple[Op, Call]]:
@@ -193,36 +93,84 @@ class Hooks:
         for site, op in self.at[path]:
             if not moment.within(op.steps):
                 continue
-            source = source_of(op)
-            source = self._sources[source] if isinstance(source, Source) else source
-            serving = {*self._sources.values()} if op.rows is None else set()
-            samples = [row for row in (range(moment.rows) if op.rows is None else op.rows) if row not in serving]
+            samples, source = self._rows(op, moment)
             if positions := moment.positions(op.on, samples):
                 taken = [] if source is None else [p - p % moment.rows + source for p in positions]
-                yield op, Call(site, moment, {}, {}, {}, positions, taken)
+                yield op, Call(site, moment, {}, {}, {}, positions, taken, self._prompts, self._family)
+
+    def _rows(self, op: Op, moment: Moment) -> tuple[list[int], int | None]:
+        """The samples that an op may change, and the one that it takes from."""
+        source = source_of(op)
+        source = self._sources[source] if isinstance(source, Source) else source
+        serving = {*self._sources.values()} if op.rows is None else set()
+        samples = [row for row in (range(moment.rows) if op.rows is None else op.rows) if row not in serving]
+        return samples, source
+
+    def listen(self, path: str) -> None:
+        """An attention is called: its probabilities go to the ops in force there."""
+        hearing = [(op, call) for op, call in self.calls(path) if isinstance(op, AttentionOp)]
+        if not hearing:
+            return
+        site = self.at[path][0][0]
+
+        def listener(attention: Attention) -> None:
+            for op, call in hearing:
+                if (new := op.attend(call, attention)) is not None:
+                    attention.put(call.positions, new)
+
+        def layout(queries: int, keys: int) -> Layout:
+            text = {"cross": keys, "joint": self.now.text_tokens}.get(site.part or "")
+            return Layout.of(queries, keys, text, self._family.text_first, self._grid)
+
+        self.attention.expect(site.label, layout, listener)
 
     def edit(self, solver: Any, entry: int, x: Tensor) -> Tensor:
-        """What `esd.trajectory.rollout` calls before each entry of the solver's times, after `expect`."""
-        self.clock.tell(solver, entry, self._expected)
-        moment = self.clock.moment(len(x) * len(self._expected), float("nan"), None)
-        for op in self.ops:
-            if moment.within(op.steps):
-                x = op.edit(moment, x)
+        """What `esd.trajectory.rollout` calls before each entry of the solver's times, after `sampling`."""
+        if self._sampling is None:
+            raise RuntimeError("the rollout was not announced")
+        passes, predict = self._sampling
+        self.clock.tell(solver, entry, passes)
+        moment = self.clock.moment(len(x) * len(passes), float("nan"), None)
+        if moment.stage:  # in the middle of a step
+            return x
+        step, last = moment.step or 0, entry == len(solver.timesteps)
+        t = solver.timesteps.new_zeros(()) if last else solver.timesteps[entry]
+        ended = [(op, op.after_step, replace(moment, step=step - 1)) for op in self.ops if step]
+        begun = [(op, op.before_step, moment) for op in self.ops if not last]
+        for op, change, when in ended + begun:
+            if when.within(op.steps):
+                rows, source = self._rows(op, when)
+                taken = [] if source is None else [source] * len(rows)
+                new = change(Latents(when, x, rows, taken, solver, t, predict, self._family))
+                x = x if new is None else placed(x, new, rows)
         return x
 
-    def expect(self, passes: tuple[Pass, ...]) -> None:
-        """Says what the batches of the rollout to come consist of."""
-        self._expected = passes
+    def sampling(self, passes: tuple[Pass, ...], predict: Predict) -> None:
+        """Announces a rollout: what its batches consist of, and what it predicts."""
+        self._sampling = passes, predict
+
+
+def _extent(ids: Tensor) -> tuple[int, int]:
+    """(h, w) of image tokens, of their position ids (..., axes), where these are the second and the third."""
+    return int(ids[..., 1].max()) + 1, int(ids[..., 2].max()) + 1
+
+
+def _edits(op: Op) -> bool:
+    """Whether an op works on latents between steps."""
+    return type(op).before_step is not Op.before_step or type(op).after_step is not Op.after_step
 
 
 @contextmanager
-def attach(family: Family, *ops: Op, sources: Mapping[Source, int] | None = None) -> Iterator[Hooks]:
+def attach(
+    family: Family, *ops: Op, sources: Mapping[Source, int] | None = None, prompts: Sequence[str] | None = None
+) -> Iterator[Hooks]:
     """Puts ops in force for the length of a `with` block.
 
     Args:
         family: of the model.
         ops: in the order they work at a site.
         sources: row of the batch that draws each source; `sample` knows them.
+        prompts: of each sample, for ops that speak of words; `sample` knows them.
 
     Raises:
         UserError: an op names no site, or one that it cannot work on; or the model keeps results of earlier steps, is
@@ -230,7 +178,7 @@ def attach(family: Family, *ops: Op, sources: Mapping[Source, int] | None = None
     """
     denoiser = family.denoiser
     refuse_unhookable(denoiser)
-    hooks = Hooks(family, ops, sources or {})
+    hooks = Hooks(family, ops, sources or {}, prompts)
     modules = dict(denoiser.named_modules())
     with ExitStack() as held:
         for op in ops:
@@ -241,6 +189,7 @@ def attach(family: Family, *ops: Op, sources: Mapping[Source, int] | None = None
         for path in hooks.at:
             for handle in _hook(hooks, path, modules[path]):
                 held.callback(handle.remove)
+        held.callback(hooks.attention.forget)
         yield hooks
 
 
@@ -274,6 +223,7 @@ def _hook(hooks: Hooks, path: str, module: nn.Module) -> list[Any]:
         nonlocal given, inputs
         bound, changed = site.bind(args, kwargs), False
         given = inputs = site.inputs(bound, hooks.now.text_tokens)
+        hooks.listen(path)
         for op, call in hooks.calls(path):
             call.given, call.inputs = given, inputs
             if new := op.before(call):
@@ -291,7 +241,16 @@ def _hook(hooks: Hooks, path: str, module: nn.Module) -> list[Any]:
                 outputs, changed = _merged(outputs, new, call), True
         return site.with_outputs(output, outputs) if changed else None
 
+    def settle(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if output is None:  # it raised
+            hooks.attention.forget()
+        else:
+            hooks.attention.settle()
+
+    attends = any(isinstance(op, AttentionOp) for _, op in hooks.at[path])
+    watch = [module.register_forward_hook(settle, always_call=True)] if attends else []
     return [
+        *watch,
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
@@ -304,17 +263,3 @@ def _merged(streams: Streams, new: Streams, call: Call) -> Streams:
         if name in new and name in streams:
             merged[name] = placed(streams[name], new[name], call.positions)
     return merged
-
-
-def source_of(op: Op) -> Source | int | None:
-    """Where an op takes tensors from: another run, the number of a sample in the batch, or nowhere."""
-    source = getattr(op, "source", None)
-    return source if isinstance(source, (Source, int)) else None
-
-
-def placed(old: Tensor, new: Tensor, positions: Sequence[int]) -> Tensor:
-    """`old` (b, ...) with the rows of `new` (b, ...) at some positions."""
-    if len(positions) == len(old):
-        return new
-    index = torch.tensor(positions, device=old.device)
-    return old.index_copy(0, index, new[index].to(old.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 from esd.errors import UserError
 
 from .clock import Pass
-from .hooks import Call, SiteOp
+from .ops import Call, SiteOp
 from .sites import Site, Stream, Streams
 
 What = Literal["input", "output", "contribution"]

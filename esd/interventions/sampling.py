@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from torch import Tensor
 from esd.errors import UserError
 from esd.families import Family
 from esd.families.base import Denoiser
-from esd.trajectory import Trajectory, rollout
+from esd.trajectory import Trajectory, conditionings_of, mixed, predict_many, rollout
 
 from .clock import Pass
-from .hooks import Op, Source, attach, source_of
+from .hooks import attach
+from .ops import Op, Source, source_of
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,17 @@ def sample(
         cond = family.encode(every)
         empty = family.null() if null is None else family.encode([null])
         noise = family.initial_noise(generators)
-    with attach(family, *ops, sources=rows) as hooks:
-        hooks.expect(passes)
+    denoiser = denoiser or family.denoiser
+
+    @torch.no_grad()
+    def predict(solver: Any, x: Tensor, t: Tensor) -> Tensor:
+        asked = conditionings_of(family, cond, empty, guidance_scale)
+        return mixed(predict_many(family, denoiser, family.model_input(solver, x, t), t, asked), guidance_scale)
+
+    with attach(family, *ops, sources=rows, prompts=every) as hooks:
+        hooks.sampling(passes, predict)
         trajectory = rollout(
-            family, denoiser or family.denoiser, noise, cond, empty, num_steps=num_steps,
+            family, denoiser, noise, cond, empty, num_steps=num_steps,
             guidance_scale=guidance_scale, scheduler=scheduler, generators=generators, edit=hooks.edit,
         )  # fmt: skip
     return Drawn(trajectory.final[: len(prompts)], trajectory, family)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from esd.errors import UserError
 
-from .hooks import Call, SiteOp, Source
+from .ops import Call, SiteOp, Source
 from .record import Recording
 from .sites import Site, Stream, Streams
 
