@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def test_a_base_that_is_not_there_is_refused_without_network(tmp_path: Path, mon
     check_model("CompVis/stable-diffusion-v1-4")
 
 
-def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_index\.json"):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
@@ -209,9 +210,24 @@ def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path, tiny_model_d
     (tmp_path / "model_index.json").write_text("{not json")
     with pytest.raises(UserError, match="could not be loaded"):
         load_pipeline(tmp_path)
-    (tmp_path / "model_index.json").write_text((tiny_model_dir / "model_index.json").read_text())
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "unet", "vae", "scheduler"])
+def test_a_directory_without_a_part_of_the_pipeline_is_refused_by_its_name(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", loads)
+    shutil.copytree(tiny_model_dir, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / part)
+    shutil.copytree(tiny_model_dir, tmp_path / "null")
+    index = json.loads((tmp_path / "null/model_index.json").read_text())
+    (tmp_path / "null/model_index.json").write_text(json.dumps(index | {part: [None, None]}))
+    for folder in ("lost", "null"):
+        with pytest.raises(UserError, match=f"{folder}', a StableDiffusionPipeline without its {part};"):
+            load_pipeline(tmp_path / folder)
 
 
 def test_unsupported_models_are_refused() -> None:
