@@ -186,6 +186,8 @@ def test_a_base_from_the_hub_is_known_by_its_name_and_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     family = family_of(load_pipeline("tiny/sd"))
     assert (family.base_name, family.base_revision) == ("tiny/sd", commit)
+    with pytest.raises(UserError, match=r"'tiny/other'.*`hf auth login`, without a network set model\.path"):
+        load_pipeline("tiny/other")
 
 
 def test_a_base_made_in_memory_is_known_by_its_class(tiny_family: Family) -> None:

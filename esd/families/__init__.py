@@ -98,7 +98,12 @@ def load_pipeline(
             str(path), dtype=dtype, revision=revision, use_safetensors=True, **without
         )
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].removesuffix(".")
+        if not Path(path).exists():  # the hub says of a gated model that there is none
+            reason += (
+                "; for a gated model accept its licence on huggingface.co and log in with `hf auth login`, without a "
+                f"network set {setting} to the folder of a copy"
+            )
         raise UserError(f"{setting} is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
