@@ -106,6 +106,13 @@ def test_scheduler_mistakes_name_the_value(tiny_family: Family, name: str | None
         tiny_family.scheduler(steps, name)
 
 
+def test_fewer_steps_than_a_scheduler_starts_with_are_refused() -> None:
+    family = family_of(tiny.every("sdxl"))
+    assert len(family.scheduler(4, "pndm").timesteps) > 4
+    with pytest.raises(UserError, match="num_steps is 3: PNDMScheduler needs more"):
+        family.scheduler(3, "pndm")
+
+
 def test_alpha_and_sigma_are_the_schedulers(any_family: Family) -> None:
     table = any_family.pipe.scheduler.alphas_cumprod
     t = torch.tensor([0, 1, 500, 999])
