@@ -666,7 +666,8 @@ def check_ranges(config: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool) and not _keeps(number, rule):
                 words = " and ".join(f"{word} {bound:g}" for word, bound in rule.items()) or "any size"
-                mend = "" if isinstance(value, list) else f"; for example {name}={spec.default}"
+                example = "null" if spec.default is None else spec.default
+                mend = "" if isinstance(value, list) else f"; for example {name}={example}"
                 raise UserError(f"{name}={value}: allowed: a finite number, {words}{mend}")
 
 
