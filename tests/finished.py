@@ -219,6 +219,7 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
                 "tried": {"updates": 10 * i} if i else {},
                 "gradients": 4 * i,
                 "queries": 20 * (i + 1),
+                "cost": 20 * (i + 1) + 8 * i,
                 "best": {"k": k, "n": n},
                 "alone": {"k": k, "n": n},
             }
@@ -230,7 +231,8 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
     rows = [
         {"case_number": i, "prompt": f"a cat in the {STYLES[i // 2 % 2]} style", "evaluation_seed": i} for i in range(n)
     ]
-    config(folder, {"judges": [], "suite": {"name": "attacks"}}, "python -m esd.evaluate suite=attacks")
+    asked = {"judges": [], "suite": {"name": "attacks", "attacks": ["soft_prompt", "noise"]}}
+    config(folder, asked, "python -m esd.evaluate suite=attacks")
     for run in curves:
         (folder / "soft_prompt" / run).mkdir(parents=True)
         for row in rows:
@@ -247,7 +249,7 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
             "soft_prompt": {
                 "settings": {},
                 "reads": "best",
-                "curves": {run: {"stopped": None, "points": points(counts)} for run, counts in curves.items()},
+                "curves": {run: {"stopped": "queries=60", "points": points(counts)} for run, counts in curves.items()},
             }
         },
     }

@@ -14,6 +14,7 @@ from PIL import Image
 from esd.evaluation.report import is_report
 from tests import finished
 from tests.programs import FAST, Command
+from tests.test_judges_by_name import tiny_resnet  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "input", "br", "link"}
@@ -77,12 +78,18 @@ def check(made: Page) -> Page:
     return made
 
 
-def test_what_the_programs_leave_becomes_one_file(command: Command) -> None:
+def test_what_the_programs_leave_becomes_one_file(command: Command, tiny_resnet: Path) -> None:  # noqa: F811
     trained = command("train", "concepts=[cat]", "run_dir=cat", *FAST)
     assert trained.code == 0, trained.err
     drawn = ("model.path=base", "num_steps=2", "device=cpu", "denoiser_points=2", "judges=[ssim]", "base_images=null")
     evaluated = command("evaluate", "checkpoint=cat", "prompts=[a cat, a dog, a rose]", "run_dir=eval", *drawn)
     assert evaluated.code == 0, evaluated.err
+    attack = ("suite=attacks", "suite.attacks=[completion]", "suite.settings.completion.interrupts=[1]")
+    read = ("prompts=[a cat, a cat on a mat]", f"judges=['nsfw:{tiny_resnet}']", "run_dir=attacks")
+    attacked = command("evaluate", "checkpoint=cat", *drawn[:3], *attack, *read)
+    assert attacked.code == 0, attacked.err
+    beside = page(command, "eval", "attacks")
+    assert "Completion, each try alone" in beside.words and len(beside.all("img")) == 2 * 3 + 2 + 3 + 3
     made = page(command, "cat", "eval")
     assert "“cat”: no judge has read these pictures" in made.words
     assert "No rates: the model ships no vocabulary.json" in made.words
@@ -142,12 +149,18 @@ def test_pictures_stand_side_by_side_those_that_still_show_it_first(command: Com
     assert len(pictures) == 24 and made.words.count("still there") == 1
     assert "Asked for what was erased 6 of 6" in made.words and "Asked for anything else 6 of 6" in made.words
     assert "colours, thing 100% 58%" in made.words and "FID of 6 pairs" in made.words
+    finished.evaluation(runs / "alone", None)
+    made = page(command, "alone")
+    assert "No rates: only the base was measured." in made.words and len(made.all("img")) == 12
+    assert "colours, thing 100% (76% to 100%, n=12)" in made.words
 
 
 def test_attacks_stand_beside_base_and_erased_and_are_read_with_their_control(command: Command, runs: Path) -> None:
     made = page(command, "cat", "eval", "attacks")
     assert "“cat” is gone, and the rest stayed. An attack brings it back." in made.words, "two runs of one erasure"
     assert "Soft prompt draws it for 11 of 12 prompts; without it 0 show it, and 0 by chance" in made.words
+    assert "It was stopped at queries=60." in made.words
+    assert "attacks: noise: not done; the same command goes on" in made.words
     first = [one["alt"].split(":")[0] for one in made.all("img") if "a cat in the neon style, seed 0" in one["alt"]]
     assert first[-5:] == ["base", "erased", "attacked", "by chance", "base, attacked"]
     assert "base, by chance" in made.words and len(made.all("polygon")) == 2
@@ -189,6 +202,7 @@ def test_lost_pictures_are_counted(command: Command, runs: Path) -> None:
     (runs / "cat/preview.png").unlink()
     made = page(command, "cat", "eval")
     assert "pictures of the erased model that cannot be read: 1 missing, 1 corrupt" in made.words
+    assert "colours, thing 100% 58%" in made.words, "they were there when they were read"
     assert "pictures of the base model that cannot be read: 1 corrupt" in made.words
     assert "preview.png is missing or corrupt" in made.words
     assert made.words.count("missing or corrupt") == 1 + 3 and len(made.all("img")) == 24 - 3

@@ -342,8 +342,10 @@ def _scored(score: Mapping[str, Any], *, gone: bool) -> Rate:
 
 def _attacks(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What attacks say of the concepts and the base under attack; their curves are read by `recovered`."""
-    recovered.curves(results)
-    return _measured(results) | {"rates": {}, "reason": "attacks are told as curves"}
+    done, asked = recovered.curves(results), settings.get("suite", {}).get("attacks", ())
+    left = ", ".join(name for name in asked if name not in done)
+    notes = (f"{left}: not done; the same command goes on",) if left else ()
+    return _measured(results) | {"rates": {}, "reason": "attacks are told as curves", "notes": notes}
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, Any]:

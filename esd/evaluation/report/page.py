@@ -174,34 +174,40 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
     drawn = next(one for one in seen if one.run is run)
     try:
         part.groups = drawn.groups()
+        part.readings, part.losses = _readings(run, drawn.rates())
     except (ValueError, KeyError) as error:
         again = f": {run.command}" if run.command else ""
         raise UserError(
             f"{run.path / 'images.csv'} is damaged ({error!r}); remove it, and evaluate again{again}"
         ) from error
-    for model, lost in drawn.lost.items():
+    for model, lost in drawn.lost().items():
         counts = ", ".join(f"{n} {state}" for state, n in lost.items())
-        part.notes += [f"pictures of the {model} model that cannot be read: {counts}"] if counts else []
-    rates = run.results["rates"]
-    for judge, questions in rates.get("erased", {}).items():
-        for question, after in questions.items():
-            before = rates["base"][judge][question]
-            if before["n"] and before["n"] == after["n"]:
-                of = "" if before["of"] == "label" else "flagged"
-                part.readings.append(Bar(f"{judge}, {question}", Rate(before["k"], after["k"], before["n"]), False, of))
-            labels = [
-                (label, one, after.get("by_label", {}).get(label)) for label, one in before.get("by_label", {}).items()
-            ]
-            part.losses += [
-                Bar(f"{label} ({judge})", Rate(one["k"], two["k"], one["n"]), False)
-                for label, one, two in labels
-                if two and one["n"] == two["n"] and label not in run.concepts
-            ]
-    sure = [bar for bar in part.losses if bar.rate.interval[1] < bar.rate.interval_before[0]]
-    part.losses = sorted(sure, key=lambda bar: -bar.rate.drop)[:MOST_LOST]
+        part.notes.append(f"pictures of the {model} model that cannot be read: {counts}")
     part.scores = facts.scores(run)
     if denoiser := run.results.get("denoiser"):
         part.plots.append(plots.inside(denoiser))
+
+
+def _readings(run: Run, rates: Mapping[str, Any]) -> tuple[list[Bar], list[Bar]]:
+    """(the rates of every judge, the labels whose rates fell most, beyond the intervals of both)."""
+    readings, labels = [], []
+    for judge, questions in rates.get("erased", {}).items():
+        for question, after in questions.items():
+            before = rates["base"][judge][question]
+            of = "" if before["of"] == "label" else before["of"]
+            readings.append(Bar(f"{judge}, {question}", _paired(before, after), False, of))
+            labels += [
+                Bar(f"{label} ({judge})", _paired(one, after["by_label"][label]), False)
+                for label, one in before.get("by_label", {}).items()
+                if label not in run.concepts
+            ]
+    fell = [bar for bar in labels if bar.rate.interval[1] < bar.rate.interval_before[0]]
+    return readings, sorted(fell, key=lambda bar: -bar.rate.drop)[:MOST_LOST]
+
+
+def _paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rate:
+    """The rates of two models on the same prompts as one."""
+    return Rate(before["k"], after["k"], before["n"])
 
 
 def _canvas(part: Section, seen: Sequence[pictures.Drawn]) -> None:

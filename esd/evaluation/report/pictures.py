@@ -18,7 +18,7 @@ from PIL import Image
 
 from esd.evaluation.generate import UNREADABLE
 from esd.evaluation.runs import Run
-from esd.evaluation.table import Row, read_table
+from esd.evaluation.table import Row, rates, read_table
 
 EDGE, WIDE = 320, 1400  # longest edge of a picture in a grid, and of a preview; pixels
 SHOWN = {"targets": 12, "others": 12, "attacked": 8}  # pictures of each kind on a page
@@ -87,7 +87,7 @@ class Drawn:
     Attributes:
         rows: of the base, and of the erased model where there is one, by case number and sample.
         places: of prompts and seeds among the rows.
-        lost: for each model how many of its pictures are missing or corrupt, those found so only now among them.
+        states: of the files, "ok", "missing" or "corrupt", as they were when they were read and as they are now.
     """
 
     def __init__(self, run: Run) -> None:
@@ -95,16 +95,13 @@ class Drawn:
         self.judges: Mapping[str, Mapping[str, Any]] = run.results["judges"]
         self.rows: dict[Place, dict[str, Row]] = {}
         self.places: dict[tuple[str, str], Place] = {}
-        self.lost: dict[str, Counter[str]] = {}
+        self.states: dict[str, str] = {}
         for row in read_table(run.path / "images.csv"):
             place = row["case_number"], row["sample"]
             self.rows.setdefault(place, {})[row["model"]] = row
             self.places[row["prompt"], row["seed"]] = place
-            lost = self.lost.setdefault(row["model"], Counter())
-            if row["state"] == "ok":
-                row["state"] = _state(run.path / row["file"])
-            if row["state"] != "ok":
-                lost[row["state"]] += 1
+            state = row["state"]
+            self.states[row["file"]] = _state(run.path / row["file"]) if state == "ok" else state
 
     def groups(self) -> list[Group]:
         """Grids of what asks for the erased concept, those that still show it first, and of everything else."""
@@ -131,14 +128,26 @@ class Drawn:
         """The picture of a row; one that can no longer be opened counts as lost from here on."""
         uri = encoded(self.run.path / row["file"])
         if uri is None:
-            if row["state"] == "ok":
-                row["state"] = "corrupt"
-                self.lost[row["model"]]["corrupt"] += 1
+            if self.states[row["file"]] == "ok":
+                self.states[row["file"]] = "corrupt"
             return Picture(by, None)
         unsafe = any(
             self._answer(row, name, q) for name, told in self.judges.items() for q in _asks(told) if q in UNSAFE
         )
         return Picture(by, uri, self._says(row), self._still(row), unsafe)
+
+    def rates(self) -> dict[str, Any]:
+        """`esd.evaluation.table.rates` of the pictures that both models have; {} where the base is alone."""
+        pairs = [rows.values() for rows in self.rows.values() if len(rows) == 2]
+        return rates([row for pair in pairs if all(row["state"] == "ok" for row in pair) for row in pair], self.judges)
+
+    def lost(self) -> dict[str, Counter[str]]:
+        """For each model that lost pictures, how many are missing and corrupt."""
+        found: dict[str, Counter[str]] = {}
+        for model, row in ((model, row) for rows in self.rows.values() for model, row in rows.items()):
+            if (state := self.states[row["file"]]) != "ok":
+                found.setdefault(model, Counter())[state] += 1
+        return found
 
     def _answer(self, row: Row, judge: str, question: str) -> str:
         """What a judge answers; empty where it did not, or is not sure enough."""
