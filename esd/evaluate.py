@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from esd.attacks import evaluate_attacks
@@ -182,7 +183,8 @@ def compare(
     told: dict[str, Any] = {"erasure": None, "reason": reason, "distances": None}
     if judge and targets:
         threshold = facts[judge.name]["threshold"] or 0.0
-        told["erasure"] = {"judge": judge.name} | table.erasure(rows, judge.name, threshold, targets)
+        known = {"judge": judge.name, "targets": [asdict(target) for target in targets]}
+        told["erasure"] = known | table.erasure(rows, judge.name, threshold, targets)
     if isinstance(judge, EmojiJudge):
         features = {"features": f"{judge.name} {judge.version} {judge.hash[:12]}"}
         told["distances"] = spread(plans["base"], plans["erased"], judge.features, targets) | features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def evaluation(
 def measure(folder: Path, weights: Path | None, concept: str, judges: Mapping[str, Any]) -> None:
     """Writes metrics.json from images.csv."""
     rows = table.read_table(folder / "images.csv")
-    erasure = table.erasure(rows, "colours", 0.5, [Target("thing", "cat")]) if weights else None
+    targets = [Target("thing", "cat")]
+    found = {"judge": "colours", "targets": [asdict(target) for target in targets]}
+    erasure = found | table.erasure(rows, "colours", 0.5, targets) if weights else None
     told = {
         "suite": "prompts",
         "base": {"name": "tiny", "revision": None, "fingerprint": "cd" * 32},

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from esd.evaluation.report import is_report
+from esd.evaluation.table import read_table, write_table
 from tests import finished
 from tests.programs import FAST, Command
 from tests.test_judges_by_name import tiny_resnet  # noqa: F401 - a fixture
@@ -153,6 +154,18 @@ def test_pictures_stand_side_by_side_those_that_still_show_it_first(command: Com
     made = page(command, "alone")
     assert "No rates: only the base was measured." in made.words and len(made.all("img")) == 12
     assert "colours, thing 100% (76% to 100%, n=12)" in made.words
+
+
+@pytest.mark.parametrize("concept", ["kitty", "a cat"])
+def test_what_was_erased_is_found_whatever_it_is_called(command: Command, concept: str) -> None:
+    folder = finished.evaluation(command.folder / "eval", command.folder / "w.safetensors", concept=concept)
+    if concept == "a cat":  # of a model without a vocabulary, whose judge has two names for one thing
+        rows = [row | {"colours.thing": f"{row['colours.thing']}, tabby"} for row in read_table(folder / "images.csv")]
+        write_table(folder / "images.csv", rows)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"erasure": None}))
+    made = page(command, "eval")
+    assert made.words.count("still there") == 1 and "Asked for what was erased 6 of 6" in made.words
 
 
 def test_attacks_stand_beside_base_and_erased_and_are_read_with_their_control(command: Command, runs: Path) -> None:

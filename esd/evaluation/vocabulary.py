@@ -111,10 +111,10 @@ class Vocabulary:
 
     def find(self, concept: str) -> tuple[str, Entry] | None:
         """(domain, entry) of a concept given by name or synonym, with or without article; None if unknown."""
-        wanted = _plain(concept)
+        wanted = plain(concept)
         for domain in DOMAINS:
             for entry in self.entries(domain):
-                if wanted in map(_plain, (entry.name, *entry.synonyms)):
+                if wanted in map(plain, (entry.name, *entry.synonyms)):
                     return domain, entry
         return None
 
@@ -145,7 +145,7 @@ class Vocabulary:
         A synonym counts as its name; of words that begin alike the longest counts, so that "hot dog" is no dog.
         """
         words = {
-            _plain(word): (domain, entry.name)
+            plain(word): (domain, entry.name)
             for domain in DOMAINS
             for entry in self.entries(domain)
             for word in (entry.name, *entry.synonyms)
@@ -246,7 +246,7 @@ def _entry(told: Mapping[str, Any]) -> Entry:
     return Entry(str(told["name"]), str(told.get("group", "")), tuple(told.get("synonyms", ())))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A concept as it is compared: lower case, no article."""
     words = text.lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

@@ -174,7 +174,7 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
     drawn = next(one for one in seen if one.run is run)
     try:
         part.groups = drawn.groups()
-        part.readings, part.losses = _readings(run, drawn.rates())
+        part.readings, part.losses = _readings(drawn)
     except (ValueError, KeyError) as error:
         again = f": {run.command}" if run.command else ""
         raise UserError(
@@ -188,9 +188,9 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
         part.plots.append(plots.inside(denoiser))
 
 
-def _readings(run: Run, rates: Mapping[str, Any]) -> tuple[list[Bar], list[Bar]]:
+def _readings(drawn: pictures.Drawn) -> tuple[list[Bar], list[Bar]]:
     """(the rates of every judge, the labels whose rates fell most, beyond the intervals of both)."""
-    readings, labels = [], []
+    readings, labels, rates = [], [], drawn.rates()
     for judge, questions in rates.get("erased", {}).items():
         for question, after in questions.items():
             before = rates["base"][judge][question]
@@ -199,7 +199,7 @@ def _readings(run: Run, rates: Mapping[str, Any]) -> tuple[list[Bar], list[Bar]]
             labels += [
                 Bar(f"{label} ({judge})", _paired(one, after["by_label"][label]), False)
                 for label, one in before.get("by_label", {}).items()
-                if label not in run.concepts
+                if not drawn.names(label)
             ]
     fell = [bar for bar in labels if bar.rate.interval[1] < bar.rate.interval_before[0]]
     return readings, sorted(fell, key=lambda bar: -bar.rate.drop)[:MOST_LOST]

@@ -18,7 +18,8 @@ from PIL import Image
 
 from esd.evaluation.generate import UNREADABLE
 from esd.evaluation.runs import Run
-from esd.evaluation.table import Row, rates, read_table
+from esd.evaluation.table import Row, agrees, rates, read_table
+from esd.evaluation.vocabulary import plain
 
 EDGE, WIDE = 320, 1400  # longest edge of a picture in a grid, and of a preview; pixels
 SHOWN = {"targets": 12, "others": 12, "attacked": 8}  # pictures of each kind on a page
@@ -87,12 +88,15 @@ class Drawn:
     Attributes:
         rows: of the base, and of the erased model where there is one, by case number and sample.
         places: of prompts and seeds among the rows.
+        erased: names of what was erased, as it was typed and as the judge knows it.
         states: of the files, "ok", "missing" or "corrupt", as they were when they were read and as they are now.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.judges: Mapping[str, Mapping[str, Any]] = run.results["judges"]
+        targets = (run.results.get("erasure") or {}).get("targets", ())
+        self.erased = {*map(plain, run.concepts), *(plain(target["name"]) for target in targets)}
         self.rows: dict[Place, dict[str, Row]] = {}
         self.places: dict[tuple[str, str], Place] = {}
         self.states: dict[str, str] = {}
@@ -162,23 +166,23 @@ class Drawn:
                 return ", ".join(self._answer(row, name, q) or f"no {q} it knows" for q in _asks(told))
         return ""
 
-    def _concepts(self) -> set[str]:
-        return {concept.casefold() for concept in self.run.concepts}
+    def names(self, answer: str) -> bool:
+        """Whether a label, or what a judge answers, is what was erased."""
+        return any(agrees(answer, name) for name in self.erased)
 
     def _asks(self, rows: Mapping[str, Row]) -> bool:
         """Whether a prompt asks for what was erased: by a label, or where it has none, in its words."""
         row = next(iter(rows.values()))
-        labels = {value.casefold() for name, value in row.items() if name.startswith("label.")}
-        if labels:
-            return bool(labels & self._concepts())
-        return any(re.search(rf"\b{re.escape(concept)}\b", row["prompt"].casefold()) for concept in self._concepts())
+        if labels := [value for name, value in row.items() if name.startswith("label.")]:
+            return any(map(self.names, labels))
+        return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", row["prompt"].lower()) for name in self.erased)
 
     def _still(self, row: Row | None) -> bool:
         """Whether the first judge reads in a picture what was erased."""
         told = next(((name, asks) for name, judge in self.judges.items() if (asks := _asks(judge))), None)
         if row is None or told is None or row["state"] != "ok":
             return False
-        return any(self._answer(row, told[0], q).casefold() in self._concepts() for q in told[1])
+        return any(self.names(self._answer(row, told[0], q)) for q in told[1])
 
 
 def _state(file: Path) -> str:
