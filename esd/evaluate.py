@@ -10,7 +10,6 @@ resumes; `accelerate launch -m esd.evaluate` shares the drawing out.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
 from esd.config import EvaluateConfig
-from esd.drawing import announce, announce_drawing, draw, find_share, limited, plan, rows_of
+from esd.drawing import announce, announce_drawing, draw, find_share, limited, most_held_gib, plan, rows_of
 from esd.errors import UserError
 from esd.judging import answers_of, check_pictures, find_named, own_judges
 from esd.main import run_program
@@ -230,14 +229,7 @@ def peak_gib(family: Family) -> dict[str, float]:
     """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one draws."""
     import torch
 
-    told = {}
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        told["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    except ImportError:  # Windows
-        pass
+    told = {"process": held} if (held := most_held_gib()) else {}
     if family.device.type == "cuda":
         told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
     return told

@@ -10,6 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+RUNS = {
+    "erased": "erased, attacked",
+    "erased_control": "erased, by chance",
+    "base": "base, attacked",
+    "base_control": "base, by chance",
+}
+READS = {"best": "best so far", "alone": "each try alone"}
+
 
 @dataclass(frozen=True)
 class Try:
@@ -34,7 +42,7 @@ class Curves:
         n: prompts.
         stopped: the limit that ended the attack on the erased model early, such as "queries=500"; None where none did.
         reads: "best" counts a prompt for which any try so far succeeded, "alone" this try's pictures.
-        runs: "erased", "erased_control", "base", "base_control" to their points, in the order tried.
+        runs: the names of `RUNS` to their points, in the order tried.
     """
 
     n: int

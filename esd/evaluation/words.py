@@ -16,12 +16,6 @@ DOMAIN_TITLES = {
     "thing": {"same_domain": "other things", "cross_domain": "styles"},
     "style": {"same_domain": "other styles", "cross_domain": "things"},
 }
-RUN_WORDS = {
-    "erased": "erased, attacked",
-    "erased_control": "erased, by chance",
-    "base": "base, attacked",
-    "base_control": "base, by chance",
-}
 
 
 def percent(rate: float) -> str:
