@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd.config import EvaluateConfig
-from esd.drawing import most_held_gib, refuse_several_processes
+from esd.drawing import look_inside, most_held_gib, refuse_several_processes
 from esd.errors import UserError
 from esd.judging import check_pictures
 from esd.main import EXIT_SIGNAL
@@ -286,6 +286,7 @@ class Canvas:
             **{name: apart[name] for name in ("fid", "kid")},
             "retention": [asdict(point) for point in points],
             "over_erasure": retention.area(points),
+            "denoiser": look_inside(self.config, self.family, found, self.vocabulary),
             "seconds": found.provenance["seconds"],
             "parameters": found.provenance["parameters"],
             "bytes": found.path.stat().st_size,
@@ -321,11 +322,13 @@ class Canvas:
     def write_lines(self, erasures: list[dict[str, Any]]) -> None:
         """Writes canvas.csv: a line for each erasure."""
         from esd.evaluation.canvas import SCORES
+        from esd.evaluation.foretold import INSIDE, inside
         from esd.storage import atomic
 
         plain = ("name", "domain", "fid", "kid", "over_erasure", "seconds", "parameters", "bytes")
         lines = [
             {name: told[name] for name in plain}
+            | {name: inside(told["denoiser"]).get(name) for name in INSIDE}
             | {f"{score}{suffix}": told[score][field] for score in SCORES for suffix, field in FIELDS.items()}
             | {f"{score}_{end}": (told[score]["interval"] or [None] * 2)[i] for score in SCORES for i, end in ENDS}
             for told in erasures

@@ -424,7 +424,7 @@ class EvaluateConfig(GenerateConfig):
     def check_canvas(self) -> None:
         """Raises UserError where the canvas gets no method, or what it makes itself."""
         own: dict[str, Any] = dict.fromkeys(("prompts", "checkpoint", "thresholds"))
-        own |= {"judges": [], "denoiser_points": 0}
+        own |= {"judges": []}
         for name, value in own.items():
             if (given := getattr(self, name)) != value:
                 raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esd.config import EvaluateConfig, GenerateConfig
 from esd.errors import UserError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from esd.checkpoint import Erased
     from esd.evaluation.generate import Manifest, Share
     from esd.evaluation.prompts import PromptRow
+    from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
 
 TOLD_CUTS = 3
@@ -161,3 +162,23 @@ def draw(
         if found:
             with checkpoint.erased(pipe, found):
                 generate(pipe, plans["erased"], batch_size=config.batch_size, share=share)
+
+
+def look_inside(
+    config: EvaluateConfig, family: Family, found: Erased, vocabulary: Vocabulary | None
+) -> dict[str, Any] | None:
+    """`esd.evaluation.denoiser.look` as the settings ask for it; None where they ask for no points."""
+    from esd.evaluation.denoiser import look
+
+    if not config.denoiser_points:
+        return None
+    return look(
+        family,
+        found,
+        vocabulary,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        max_points=config.denoiser_points,
+        max_batch=2 * config.batch_size,
+    )

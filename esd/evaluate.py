@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
 from esd.config import EvaluateConfig
-from esd.drawing import announce, announce_drawing, draw, find_share, limited, most_held_gib, plan, rows_of
+from esd.drawing import announce, announce_drawing, draw, find_share, limited, look_inside, most_held_gib, plan, rows_of
 from esd.errors import UserError
 from esd.judging import answers_of, check_pictures, find_named, own_judges
 from esd.main import run_program
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from esd.evaluation.prompts import PromptRow
     from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
-
-NEIGHBOURS = 4  # names on whose prompts the denoiser's drift is measured
 
 
 def main() -> None:
@@ -153,7 +151,7 @@ def measure(
         "scores": table.scores(rows, facts),
         "counts": table.counts(rows, facts),
         **(compare(found, vocabulary, plans, judges, rows, facts) if found else {}),
-        "denoiser": look_inside(config, family, found, vocabulary) if found and config.denoiser_points else None,
+        "denoiser": look_inside(config, family, found, vocabulary) if found else None,
     }
     took["seconds"]["judging"] = time.monotonic() - start
     write_json(run / "metrics.json", metrics | took | {"peak_gib": peak_gib(family)})
@@ -188,41 +186,6 @@ def compare(
         features = {"features": f"{judge.name} {judge.version} {judge.hash[:12]}"}
         told["distances"] = spread(plans["base"], plans["erased"], judge.features, targets) | features
     return told
-
-
-def look_inside(
-    config: EvaluateConfig, family: Family, found: Erased, vocabulary: Vocabulary | None
-) -> dict[str, Any] | None:
-    """Residual on what was erased and drift on its neighbours, against t; None for a checkpoint that names nothing.
-
-    Prompts are "a cat" for each concept, and the nearest names of the vocabulary in the same words;
-    without a vocabulary there are no neighbours.
-    """
-    from esd.evaluation.denoiser import sensitivity
-    from esd.evaluation.prompts import say
-
-    concepts = list(found.provenance.get("concepts") or [])
-    known = [entry for concept in concepts if vocabulary and (entry := vocabulary.find(concept))]
-    near: list[str] = []
-    if vocabulary and known:
-        (domain, first), gone = known[0], {entry.name for _, entry in known}
-        near = [name for name in vocabulary.neighbours(domain, first.name) if name not in gone][:NEIGHBOURS]
-    asked = {"erased": concepts, "neighbours": near}
-    told = {}
-    for group, names in asked.items():
-        if prompts := [say("a {}", {"": name}) for name in names]:
-            points = sensitivity(
-                family,
-                found,
-                prompts,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-                max_points=config.denoiser_points,
-                max_batch=2 * config.batch_size,
-            )
-            told[group] = {"prompts": prompts, "points": points}
-    return told or None
 
 
 def peak_gib(family: Family) -> dict[str, float]:

@@ -195,6 +195,27 @@ def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Co
     assert [one["alt"].partition(":")[0] for one in made.all("img")] == ["base", "cat erased"]
 
 
+def test_what_the_denoiser_foretells_is_told_over_all_erasures(command: Command) -> None:
+    for name, base in (("one", 0.1), ("two", 0.5)):
+        folder = finished.grid(command.folder / name)
+        told = json.loads((folder / "metrics.json").read_text())
+        (cat,) = told["erasures"]
+        measured = [(cat | {"name": "cat"}, 0.0), (cat | {"name": "kitten"}, 0.2)]
+        told["erasures"] = [
+            one | {"denoiser": {"erased": {"points": [{"residual": base + i}]}}, "UA": one["UA"] | {"of_base": i}}
+            for one, i in measured
+        ]
+        (folder / "metrics.json").write_text(json.dumps(told))
+    assert "foretells" not in page(command, "one").words, "two erasures tell nothing"
+    ended = command("report", "one", "two")
+    assert "things erased: residual with UA: Spearman +0.45 (" in ended.out and ended.out.count("n=4") == 1
+    made = check(Page(command.folder / "report.html"))
+    assert "What the denoiser foretells" in made.words and re.search(r"residual UA \+0\.45", made.words)
+    told["erasures"][0]["denoiser"]["erased"] = 3
+    (command.folder / "two/metrics.json").write_text(json.dumps(told))
+    assert "is damaged" in command("report", "two").err
+
+
 def test_pictures_that_a_judge_calls_unsafe_are_veiled(command: Command, runs: Path) -> None:
     finished.evaluation(runs / "nude", runs / "cat/erased.safetensors", still=1, nudity=True)
     made = page(command, "nude")

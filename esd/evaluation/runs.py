@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from esd.checkpoint import FILE_NAME
 from esd.errors import UserError
-from esd.evaluation import recovered
+from esd.evaluation import foretold, recovered
 from esd.evaluation.metrics import wilson
 
 Kind = Literal["training", "evaluation", "canvas", "attacks"]
@@ -308,6 +308,7 @@ def _evaluation(path: Path, settings: Mapping[str, Any], results: Mapping[str, A
 def _canvas(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What a canvas says of its concepts and its base; its erasures are read by `erasures`."""
     done, planned, base = len(erasures(results)), results["planned"], Base(str(settings["model"]["path"]))
+    foretold.foretold_by_kind(results["erasures"])  # whether it can be told is found out here
     if (manifest := path / "base" / "manifest.json").is_file():
         base = _base(json.loads(manifest.read_text(encoding="utf-8"))["base"])
     left = f"{done} of {planned} erasures are done; the same command goes on"
@@ -318,6 +319,11 @@ def _canvas(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any])
         "reason": "a canvas is of many erasures",
         "notes": (left,) if done < planned else (),
     }
+
+
+def erased_in_turn(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
+    """Every erasure of the canvases among some runs, as metrics.json tells them."""
+    return [told for run in runs if run.kind == "canvas" for told in run.results["erasures"]]
 
 
 def erasures(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:

@@ -13,10 +13,11 @@ import yaml
 
 from esd.errors import UserError
 from esd.evaluation import words
+from esd.evaluation.foretold import Foretold, foretold_by_kind
 from esd.evaluation.recovered import curves
 from esd.evaluation.report import facts, pictures, plots
 from esd.evaluation.report.figures import Plot
-from esd.evaluation.runs import GOES, TITLES, Rate, Run, Sweep, differing_bases, erasures
+from esd.evaluation.runs import GOES, TITLES, Rate, Run, Sweep, differing_bases, erased_in_turn, erasures
 from esd.evaluation.sweep import Trial, front, recommend, trials
 
 MOST_LOST = 8  # labels that are listed
@@ -97,6 +98,7 @@ class Page:
     overview: list[tuple[str, list[Bar]]]
     sections: list[Section]
     sweeps: list[SweepSection]
+    foretold: list[tuple[str, list[Foretold]]]
 
 
 def make(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Page:
@@ -127,6 +129,7 @@ def make(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Page:
         overview(rated) if len(rated) > 1 else [],
         sections,
         found,
+        foretold_by_kind(erased_in_turn(runs)),
     )
 
 
