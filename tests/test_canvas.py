@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from esd.evaluation.canvas import counted, grid, mean, order, scores
 from esd.evaluation.foretold import inside
 from esd.evaluation.retention import Retained, area, curve
 from esd.evaluation.vocabulary import Target
-from tests.programs import Command
+from tests.programs import Command, known_model
 
 THINGS, STYLES = ["cat", "dog", "rose"], ["flat", "neon"]
 MODEL = Path(__file__).parents[1] / "checkpoints" / "emoji-sd"
@@ -164,14 +163,15 @@ SMALL = ["training.updates=1", "training.batch_size=1", "trajectory.num_steps=2"
 @pytest.fixture
 def known(command: Command) -> tuple[str, ...]:
     """A canvas of two things in two styles on a tiny model that draws pictures of the judge's size, as arguments."""
-    model = command.folder / "base-known"
-    shutil.copytree(command.folder / "base", model)
-    config = json.loads((model / "unet/config.json").read_text())
-    (model / "unet/config.json").write_text(json.dumps(config | {"sample_size": 32}))
-    shutil.copy(MODEL / "vocabulary.json", model)
-    (command.folder / "emoji-judge").symlink_to(MODEL.parent / "emoji-judge")
     grid = ("suite.things=[cat,dog]", "suite.styles=[flat,neon]", "images_per_prompt=1", "num_steps=2")
-    return "suite=emoji_canvas", f"model.path={model}", *grid, "device=cpu", "run_dir=canvas", "base_images=null"
+    return (
+        "suite=emoji_canvas",
+        f"model.path={known_model(command.folder)}",
+        *grid,
+        "device=cpu",
+        "run_dir=canvas",
+        "base_images=null",
+    )
 
 
 def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_it_was(

@@ -21,6 +21,7 @@ OF_EVALUATE = ("suite", "method")  # groups that only evaluate knows
 NEEDED = {
     "suite=emoji_canvas": ["method=esd_u"],
     "suite=prompts": ["prompts=[a cat]"],
+    "suite=implicit": ["checkpoint=runs/cat"],
     "suite=attacks": ["checkpoint=runs/cat"],
     "suite=attacks_published": ["checkpoint=runs/cat"],
 }

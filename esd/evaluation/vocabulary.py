@@ -24,11 +24,15 @@ OTHER = {"thing": "style", "style": "thing"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing or style: its name, the group it belongs to, and what else it is called."""
+    """One thing or style: its name, the group it belongs to, what else it is called, and what its kind is called.
+
+    Hypernyms have their article, "an animal"; synonyms have none.
+    """
 
     name: str
     group: str = ""
     synonyms: tuple[str, ...] = ()
+    hypernyms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,8 @@ def _check_phrasings(held_out: Mapping[str, Any], path: Path) -> None:
 
 def _entry(told: Mapping[str, Any]) -> Entry:
     """An entry of the file."""
-    return Entry(str(told["name"]), str(told.get("group", "")), tuple(told.get("synonyms", ())))
+    other = (tuple(told.get(words, ())) for words in ("synonyms", "hypernyms"))
+    return Entry(str(told["name"]), str(told.get("group", "")), *other)
 
 
 def plain(text: str) -> str:

@@ -17,7 +17,7 @@ from esd.evaluation.foretold import Foretold, foretold_by_kind
 from esd.evaluation.recovered import curves
 from esd.evaluation.report import facts, pictures, plots
 from esd.evaluation.report.figures import Plot
-from esd.evaluation.runs import GOES, TITLES, Rate, Run, Sweep, differing_bases, erased_in_turn, erasures
+from esd.evaluation.runs import GOES, TITLES, WAYS, Rate, Run, Sweep, differing_bases, erased_in_turn, erasures, ways
 from esd.evaluation.sweep import Trial, front, recommend, trials
 
 MOST_LOST = 8  # labels that are listed
@@ -45,6 +45,7 @@ class Section:
         groups: grids of pictures.
         attacks: (sentence, figure, grid) of each.
         plots: other figures.
+        ways: rates of other ways to ask for what was erased.
         readings: rates of every judge.
         losses: labels whose rate fell most.
         scores: what judges measure besides rates.
@@ -63,6 +64,7 @@ class Section:
     groups: list[pictures.Group] = field(default_factory=list)
     attacks: list[tuple[str, Plot, pictures.Group]] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    ways: list[Bar] = field(default_factory=list)
     readings: list[Bar] = field(default_factory=list)
     losses: list[Bar] = field(default_factory=list)
     scores: list[tuple[str, str, str]] = field(default_factory=list)
@@ -186,6 +188,7 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
     for model, lost in drawn.lost().items():
         counts = ", ".join(f"{n} {state}" for state, n in lost.items())
         part.notes.append(f"pictures of the {model} model that cannot be read: {counts}")
+    part.ways = [Bar(WAYS[name], rate, name in GOES) for name, rate in ways(run.results).items()]
     part.scores = facts.scores(run)
     if denoiser := run.results.get("denoiser"):
         part.plots.append(plots.inside(denoiser))

@@ -36,7 +36,7 @@ class Picture:
     Attributes:
         by: who drew it: "base", "erased", "attacked" or as an attack calls it.
         uri: "data:image/webp;base64,..."; None where the file is missing or corrupt.
-        reads: what the first judge reads in it; empty where none did.
+        reads: what a judge reads in it; empty where none did.
         still: whether that is what was erased.
         unsafe: whether a judge says that it is not for every eye.
     """
@@ -159,12 +159,16 @@ class Drawn:
         sure = question not in told["unsure"] or float(row.get(f"{column}.p", 0)) >= told["threshold"]
         return row.get(column, "") if sure else ""
 
+    def _reader(self, row: Row) -> tuple[str, list[str]]:
+        """(the judge whose reading of a picture is told, its questions): the first that reads what a label asks."""
+        asking = [(name, asks) for name, judge in self.judges.items() if (asks := _asks(judge))]
+        fitting = (one for one in asking if f"label.{one[1][0]}" in row)
+        return next(fitting, asking[0] if asking else ("", []))
+
     def _says(self, row: Row) -> str:
-        """What the first judge with an answer to give reads in a picture."""
-        for name, told in self.judges.items():
-            if _asks(told):
-                return ", ".join(self._answer(row, name, q) or f"no {q} it knows" for q in _asks(told))
-        return ""
+        """What is read in a picture; empty where no judge was asked."""
+        name, asks = self._reader(row)
+        return ", ".join(self._answer(row, name, q) or f"no {q} it knows" for q in asks)
 
     def names(self, answer: str) -> bool:
         """Whether a label, or what a judge answers, is what was erased."""
@@ -178,11 +182,11 @@ class Drawn:
         return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", row["prompt"].lower()) for name in self.erased)
 
     def _still(self, row: Row | None) -> bool:
-        """Whether the first judge reads in a picture what was erased."""
-        told = next(((name, asks) for name, judge in self.judges.items() if (asks := _asks(judge))), None)
-        if row is None or told is None or row["state"] != "ok":
+        """Whether what was erased is read in a picture."""
+        if row is None or row["state"] != "ok":
             return False
-        return any(self.names(self._answer(row, told[0], q)) for q in told[1])
+        name, asks = self._reader(row)
+        return any(self.names(self._answer(row, name, q)) for q in asks)
 
 
 def _state(file: Path) -> str:
