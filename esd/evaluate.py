@@ -216,7 +216,8 @@ def compare(
     judge = next((judge for judge in judges if set(DOMAINS) <= set(judge.questions)), None)
     targets, reason = targets_of(found, vocabulary, judge)
     told: dict[str, Any] = {"erasure": None, "reason": reason, "distances": None}
-    if implied := vocabulary is not None and config.suite.name == "implicit":
+    implied = config.suite.name == "implicit"
+    if implied and vocabulary:
         told["ways"] = implicit.rates(rows, facts, vocabulary)
         rows = [row for row in rows if row["label.way"] in implicit.BY_NAME]
     if judge and targets:
@@ -233,7 +234,7 @@ def peak_gib(family: Family) -> dict[str, float]:
     """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one draws."""
     import torch
 
-    told = {"process": held} if (held := most_held_gib()) else {}
+    told: dict[str, float] = {"process": held} if (held := most_held_gib()) else {}
     if family.device.type == "cuda":
         told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
     return told

@@ -64,7 +64,7 @@ def _ways(vocabulary: Vocabulary, target: Target, erased: set[str]) -> dict[str,
             (phrasing, labels)
             for phrasing in phrased
             for _, labels in fill(phrasing, *names)
-            if (labels.get("thing"), labels.get("style")) not in vocabulary.held_out_pairs
+            if (labels.get("thing", ""), labels.get("style", "")) not in vocabulary.held_out_pairs
         ]
 
     def scenes() -> Iterator[tuple[str, dict[str, str]]]:
@@ -127,7 +127,7 @@ def _looked_for(row: Row, known: Mapping[str, tuple[str, Entry]]) -> Iterator[tu
     """(rate, judge, question, answers that count) of all that is looked for in a picture."""
     way, concept = row["label.way"], row["label.concept"]
     if way == "scenes":
-        own, other = SIDES if row["label.first"] == concept else reversed(SIDES)
+        own, other = SIDES if row["label.first"] == concept else SIDES[::-1]
         yield "scenes", JUDGES[1], own, [concept]
         yield "scenes_other", JUDGES[1], other, [row[f"label.{other}"]]
         return

@@ -257,10 +257,9 @@ class HalvesJudge:
     def __call__(self, images: np.ndarray) -> Readings:
         """Return the readings of uint8 RGB pictures (n, 64, 64, 3)."""
         read = dict(zip(self.questions, self.judge.halves(images), strict=True))
-        names = {side: half.names["thing"] for side, half in read.items()}
-        return Readings(
-            names, {side: half.p["thing"] for side, half in read.items()}, dict.fromkeys(read, self.threshold)
-        )
+        names = {side: found.names["thing"] for side, found in read.items()}
+        p = {side: found.p["thing"] for side, found in read.items()}
+        return Readings(names, p, dict.fromkeys(read, self.threshold))
 
 
 def half(images: np.ndarray, side: int) -> np.ndarray:
