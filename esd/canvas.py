@@ -118,6 +118,11 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
+def exit_code(returned: int) -> int:
+    """The exit code of a process as a shell tells it: one that a signal ended returns the signal's number, negative."""
+    return returned if returned >= 0 else EXIT_SIGNAL - returned
+
+
 class Canvas:
     """One method's canvas in one run directory."""
 
@@ -146,7 +151,7 @@ class Canvas:
         if not left:
             return 0
         command = [sys.executable, "-m", "esd.train", *self.settings(left[0]), "plan_only=true"]
-        return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        return exit_code(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode)
 
     def measure(self, targets: list[Target]) -> int:
         """Erases each target and reads the grid; returns the exit code."""
@@ -212,8 +217,7 @@ class Canvas:
                     training.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
                     continue
-        code = training.returncode if training.returncode >= 0 else EXIT_SIGNAL - training.returncode
-        if code:
+        if code := exit_code(training.returncode):
             print(f"the training of {target.name} ended with code {code}; the same command goes on", file=sys.stderr)
         return code
 
