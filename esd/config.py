@@ -359,9 +359,9 @@ class SuiteConfig:
 
     name: str = option(
         "prompts",
-        "what is measured: prompts reads a checkpoint on prompts, emoji_canvas erases in turn all that it reads on, "
-        "attacks brings back what a checkpoint erased",
-        one_of=("prompts", "emoji_canvas", "attacks"),
+        "what is measured: prompts reads a checkpoint on prompts, implicit on other ways to ask for what it erased, "
+        "emoji_canvas erases in turn all that it reads on, attacks brings back what a checkpoint erased",
+        one_of=("prompts", "implicit", "emoji_canvas", "attacks"),
     )
     things: list[str] = option([], "of the canvas; [] is all that the model knows")
     styles: list[str] = option([], "of the canvas; [] is all that the model knows")
@@ -390,14 +390,14 @@ class EvaluateConfig(GenerateConfig):
     )
     limit: int | None = option(
         None,
-        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all, and 16 prompts "
-        "where attacks find their own",
+        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all, 16 prompts where "
+        "attacks find their own, and 40 for each way to ask of suite=implicit",
         at_least=1,
     )
     judges: list[str] = option(
         [],
-        "who reads the images: emoji-judge, emoji-clip, clip:NAME, resnet50, nudenet, nsfw:NAME, ssim, lpips; [] takes "
-        "the model's own",
+        "who reads the images: emoji-judge, emoji-halves, emoji-clip, clip:NAME, resnet50, nudenet, nsfw:NAME, ssim, "
+        "lpips; [] takes the model's own",
     )
     thresholds: Any = option(None, "of judges, in place of their own: thresholds={nudenet: 0.6}")
     denoiser_points: int = option(
@@ -415,6 +415,7 @@ class EvaluateConfig(GenerateConfig):
             self.check_drawing()
         self.check_canvas() if suite == "emoji_canvas" else self.check_no_canvas()
         self.check_attacks() if suite == "attacks" else self.check_no_attacks()
+        self.check_implicit() if suite == "implicit" else None
         if not isinstance(self.thresholds or {}, dict):
             raise UserError(f"thresholds={self.thresholds}; allowed: judges with numbers, thresholds={{nudenet: 0.6}}")
         for name, threshold in (self.thresholds or {}).items():
@@ -425,7 +426,7 @@ class EvaluateConfig(GenerateConfig):
     def check_canvas(self) -> None:
         """Raises UserError where the canvas gets no method, or what it makes itself."""
         own: dict[str, Any] = dict.fromkeys(("prompts", "checkpoint", "thresholds"))
-        own |= {"judges": [], "denoiser_points": 0}
+        own |= {"judges": []}
         for name, value in own.items():
             if (given := getattr(self, name)) != value:
                 raise UserError(
@@ -451,6 +452,17 @@ class EvaluateConfig(GenerateConfig):
         for name, value in given.items():
             if value:
                 raise UserError(f"{name}={value} says nothing to suite={self.suite.name}; set suite=emoji_canvas")
+
+    def check_implicit(self) -> None:
+        """Raises UserError where there is nothing erased to ask for, or what the suite finds itself is given."""
+        if not self.checkpoint:
+            raise UserError("checkpoint=null: nothing to ask for; give an erased.safetensors or a run directory")
+        for name, value in {"prompts": self.prompts, "judges": self.judges}.items():
+            if value:
+                raise UserError(
+                    f"{name}={value} says nothing to suite=implicit, which makes its own prompts and asks the model's "
+                    "own judge; leave it out, or set suite=prompts"
+                )
 
     def check_attacks(self) -> None:
         """Raises UserError for what attacks cannot do without, or have no use for."""
@@ -481,6 +493,8 @@ class EvaluateConfig(GenerateConfig):
             return Path(self.run_dir or Path("runs", f"canvas-{self.method.name}"))
         if self.suite.name == "attacks":
             return Path(self.run_dir or Path("runs", "attacks-" + slug(f"{self.prompts or ''} {self.checkpoint}")))
+        if self.suite.name == "implicit":
+            return Path(self.run_dir or Path("runs", "implicit-" + slug(str(self.checkpoint))))
         return Path(self.run_dir or Path("runs", "evaluate-" + slug(f"{self.prompts} {self.checkpoint or 'base'}")))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from esd.config import GenerateConfig
+from esd.config import EvaluateConfig, GenerateConfig
+from esd.errors import UserError
 from esd.model import find_device
 from esd.run import RunDirectory, versions
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from esd.checkpoint import Erased
     from esd.evaluation.generate import Manifest, Share
     from esd.evaluation.prompts import PromptRow
+    from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
 
 TOLD_CUTS = 3
@@ -60,6 +62,26 @@ def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def refuse_several_processes(config: EvaluateConfig) -> None:
+    """Raises UserError in a launch of several processes, for a suite whose work cannot be shared out."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"suite={config.suite.name} runs in one process; start it as python -m esd.evaluate ...")
+
+
+def most_held_gib(*, children: bool = False) -> float | None:
+    """Most of the machine's memory that this process held so far, in GiB, or that any it started and saw end did.
+
+    None where the system does not tell, or no such process was.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * unit / 2**30 or None
 
 
 def find_share(device: str) -> tuple[Share, torch.device | str]:
@@ -140,3 +162,23 @@ def draw(
         if found:
             with checkpoint.erased(pipe, found):
                 generate(pipe, plans["erased"], batch_size=config.batch_size, share=share)
+
+
+def look_inside(
+    config: EvaluateConfig, family: Family, found: Erased, vocabulary: Vocabulary | None
+) -> dict[str, Any] | None:
+    """`esd.evaluation.denoiser.look` as the settings ask for it; None where they ask for no points."""
+    from esd.evaluation.denoiser import look
+
+    if not config.denoiser_points:
+        return None
+    return look(
+        family,
+        found,
+        vocabulary,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        max_points=config.denoiser_points,
+        max_batch=2 * config.batch_size,
+    )
