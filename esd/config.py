@@ -322,6 +322,9 @@ class GenerateConfig:
     base_images: str | None = option(
         None, "a folder in which the base's images are kept and found again, whatever the run; null keeps none"
     )
+    interventions: list[str] = option(
+        [], "what is done to base and erased model while they draw, such as 'Skip(up[0].cross, steps=(0, 5))'"
+    )
     seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     plan_only: bool = option(False, "say what would be drawn, and stop")
@@ -426,7 +429,7 @@ class EvaluateConfig(GenerateConfig):
     def check_canvas(self) -> None:
         """Raises UserError where the canvas gets no method, or what it makes itself."""
         own: dict[str, Any] = dict.fromkeys(("prompts", "checkpoint", "thresholds"))
-        own |= {"judges": []}
+        own |= {"judges": [], "interventions": []}
         for name, value in own.items():
             if (given := getattr(self, name)) != value:
                 raise UserError(
@@ -468,7 +471,8 @@ class EvaluateConfig(GenerateConfig):
         """Raises UserError for what attacks cannot do without, or have no use for."""
         if not self.checkpoint:
             raise UserError("checkpoint=null: nothing to attack; give an erased.safetensors or a run directory")
-        for name, none in {"images_per_prompt": 1, "denoiser_points": 0, "base_images": None}.items():
+        unused = {"images_per_prompt": 1, "denoiser_points": 0, "base_images": None, "interventions": []}
+        for name, none in unused.items():
             if (told := getattr(self, name)) != none:
                 raise UserError(f"{name}={told} says nothing to suite=attacks; leave it out")
         chosen, given = self.suite.attacks, self.suite.settings or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,19 @@ def announce(text: str, *, warning: bool = False) -> None:
 
 
 def announce_drawing(config: GenerateConfig, rows: list[PromptRow], found: Erased | None) -> None:
-    """Prints how many images will be drawn, with which model and without what."""
+    """Prints how many images will be drawn, with which model, without what and under what.
+
+    Raises:
+        UserError: an intervention cannot be read.
+    """
+    from esd.interventions.written import read
+
+    read(config.interventions)
     erased = f", and again without {', '.join(found.provenance.get('concepts', ()))}" if found else ""
     images = len(rows) * config.images_per_prompt
     announce(f"draw {images} images of {len(rows)} prompts with {config.model.path}{erased}")
+    if config.interventions:
+        announce(f"under {', '.join(config.interventions)}")
 
 
 def rows_of(config: GenerateConfig) -> list[PromptRow]:
@@ -113,8 +123,12 @@ def plan(
     """
     from esd import checkpoint
     from esd.evaluation import generate
+    from esd.interventions.sites import describe
+    from esd.interventions.written import read
 
     family.scheduler(config.num_steps)  # tells whether it knows so many
+    for text, op in zip(config.interventions, read(config.interventions), strict=True):
+        announce(f"{text}: {describe(op.sites(family))}")
     generate.check_sizes(family, rows)
     if found:
         checkpoint.check(family.pipe, found)
@@ -133,6 +147,7 @@ def plan(
             checkpoint=weights,
             cut=cut,
             drawn_with=drawn_with,
+            interventions=config.interventions,
         )
 
     plans = {"base": images(run / "base", None)}
@@ -155,9 +170,11 @@ def draw(
 
     from esd import checkpoint
     from esd.evaluation.generate import generate
+    from esd.interventions import attach
+    from esd.interventions.written import read
 
-    kept = Path(config.base_images) if config.base_images else None
-    with family.drawing() as pipe:
+    kept, ops = Path(config.base_images) if config.base_images else None, read(config.interventions)
+    with family.drawing() as pipe, attach(family, *ops) if ops else nullcontext():
         generate(pipe, plans["base"], batch_size=config.batch_size, share=share, kept=kept)
         if found:
             with checkpoint.erased(pipe, found):
