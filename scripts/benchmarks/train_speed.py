@@ -230,7 +230,7 @@ def estimate(family: Family, work: Work, every: Sequence[Variant]) -> list[tuple
     """Seconds per update to expect of each variant: those of an update without sampling, and of its guided calls."""
     plain = plain_loop(family, work, "teacher", 0)
     _, without, with_two = (timed(partial(plain.update, stop), work.device) for stop in (0, 0, 2))
-    each_call = max(0.0, with_two - without) / 2  # where other work is going on, one update may take longer than another
+    each_call = max(0.0, with_two - without) / 2  # a busy machine may time two steps faster
     expected = []
     for v in every:
         calls = (work.steps - 1) / 2
