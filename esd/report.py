@@ -59,11 +59,11 @@ def report(paths: list[Path], out: Path) -> None:
             best, why = sweep.recommend(tried)
             print(f"{one.path}: {tried[best].label or 'its only setting'} {why}")
     for kind, correlations in foretold_by_kind(runs.erased_in_turn(single)):
-        for one in correlations:
-            between = "{:+.2f} to {:+.2f}".format(*one.interval)
+        for told in correlations:
+            low, high = told.interval
             print(
-                f"{kind}: {one.inside} with {one.score}: Spearman {one.spearman:+.2f} ({between}), Pearson "
-                f"{one.pearson:+.2f}, n={one.n}"
+                f"{kind}: {told.inside} with {told.score}: Spearman {told.spearman:+.2f} ({low:+.2f} to {high:+.2f}), "
+                f"Pearson {told.pearson:+.2f}, n={told.n}"
             )
     with atomic(out) as staged:
         staged.write_text(html, encoding="utf-8")

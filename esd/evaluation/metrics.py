@@ -94,8 +94,8 @@ def erasure_rates(
             for domain, name in rows[i].labels.items()
             if domain in among and (not erased_only or any(t.named({domain: name}) for t in targets))
         ]
-        hits = [sum(read.says(*one) for one in asked) for read in (before, after)]
-        return paired_rate(*hits, len(asked))
+        hits, hits_after = (sum(read.says(*one) for one in asked) for read in (before, after))
+        return paired_rate(hits, hits_after, len(asked))
 
     rates: dict[str, Any] = {
         "target": rate(target, domains, erased_only=True),
