@@ -214,7 +214,7 @@ def pictures(
     cell = (width - left) / across
     tall, longest = cell * high / wide, max(map(len, columns), default=0) if columns else 0
     slanted = 0.085 * longest > cell
-    line = 0.24 if labels else 0.0
+    line = 0.06 + 0.18 * max(name.count("\n") + 1 for names in labels for name in names) if labels else 0.0
     head = (0.22 + 0.05 * longest * slanted if columns else 0.0) + 0.33
     height = head + count * (tall + line) + 0.05 + 0.25 * bool(column_name)
     with style():

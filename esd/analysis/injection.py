@@ -213,7 +213,7 @@ def with_another_seed(study: Study, few: np.ndarray) -> Rows:
     study.results.table("cross-seed", rows)
     base = [row for row in rows if row["version"] == "base"]
     figure = figures.wrapped(
-        [[images[0] for images in drawn]], ["unedited", *(f"{row['short']}: {row['moved']:.2f}" for row in base)],
+        [[images[0] for images in drawn]], ["unedited", *(f"{row['short']}\n{row['moved']:.2f}" for row in base)],
         title=f"One layer adds what it adds for another noise: {texts[0]!r}",
     )  # fmt: skip
     worst = max(base, key=lambda row: row["moved"])
