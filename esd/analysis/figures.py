@@ -124,7 +124,7 @@ def bars(
         ax.grid(visible=False, axis="y")
         ax.set(xlabel=x_name, title=title)
         if len(values) > 1:
-            ax.legend()
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(values))
 
 
 def heat(
