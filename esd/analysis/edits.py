@@ -291,7 +291,7 @@ def draw_windows(
     study.results.figure(name, figure, caption)
 
 
-def told(study: Study, rows: Sequence[int] | None = None) -> str:
+def told(study: Study, rows: np.ndarray | None = None) -> str:
     """Which prompts were drawn."""
     texts = list(dict.fromkeys(study.texts if rows is None else [study.texts[i] for i in rows]))
     return f"{len(texts)} prompt{'s' * (len(texts) > 1)} such as {texts[0]!r}"

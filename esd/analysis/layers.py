@@ -100,7 +100,7 @@ def without_layers(study: Study) -> Rows:
     study.results.figure(
         "without", figure,
         f"One picture of each of {told(study, shown)}, drawn without one layer. Of those shown, the ones without "
-        f"{most} differ most from the unedited ({far[most]:.2f} of the distance to another prompt's), those without {least} "
+        f"{most} differ most from the unedited ({far[most]:.2f}), those without {least} "
         f"least ({far[least]:.2f}).",
     )  # fmt: skip
     return rows
