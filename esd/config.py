@@ -471,7 +471,12 @@ class EvaluateConfig(GenerateConfig):
         """Raises UserError for what attacks cannot do without, or have no use for."""
         if not self.checkpoint:
             raise UserError("checkpoint=null: nothing to attack; give an erased.safetensors or a run directory")
-        unused = {"images_per_prompt": 1, "denoiser_points": 0, "base_images": None, "interventions": []}
+        unused: dict[str, Any] = {
+            "images_per_prompt": 1,
+            "denoiser_points": 0,
+            "base_images": None,
+            "interventions": [],
+        }
         for name, none in unused.items():
             if (told := getattr(self, name)) != none:
                 raise UserError(f"{name}={told} says nothing to suite=attacks; leave it out")

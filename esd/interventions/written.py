@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from esd.errors import UserError
 
@@ -42,7 +43,7 @@ def _read(text: str) -> SiteOp:
     for name in settings:
         if name.strip() not in allowed:
             raise UserError(f"interventions: {text!r} sets {name.strip()!r}; allowed: {', '.join(allowed)}")
-    values = {name.strip(): _value(text, value.strip()) for name, value in settings.items()}
+    values: dict[str, Any] = {name.strip(): _value(text, value.strip()) for name, value in settings.items()}
     try:
         return kind(where.strip(), **values)
     except TypeError as error:
