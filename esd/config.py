@@ -23,8 +23,9 @@ from typing import Any
 from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
+SOLVERS = ("ddim", "euler", "heun", "dpm++", "unipc", "lms")  # schedulers that add no noise, from any first time on
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
-ANALYSES = ("layers", "attention", "representations", "erasure")
+ANALYSES = ("layers", "attention", "walkthrough", "representations", "erasure")
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -619,6 +620,50 @@ class AttentionConfig(AnalysisSettings):
 
 
 @dataclass
+class WalkthroughConfig(AnalysisSettings):
+    """Settings of analysis=walkthrough; see `esd.analysis.walkthrough`."""
+
+    prompt: str = option("a cat in the mosaic style", "what is drawn")
+    other: str = option("a dog in the watercolor style", "what pictures go on under, and what the prompt is mixed with")
+    words: list[str] = option(
+        ["cat", "dog"], "of the prompt the word that gets the second one's embedding, and then that of a new word"
+    )
+    pictures: int = option(3, "of everything, each with its own seed", at_least=1)
+    samplers: list[str] = option(
+        ["ddim", "euler", "heun", "dpm++", "unipc"], f"compared as solvers of one equation: {', '.join(SOLVERS)}"
+    )
+    sampler_steps: list[int] = option([5, 10, 20, 40, 80], "steps of each sampler", at_least=2, at_most=1000)
+    starts: list[float] = option(
+        [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "shares of the steps that a picture skips", at_least=0, below=1
+    )
+    shares: list[float] = option(
+        [0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0], "of the prompt in a mixture", at_least=0, at_most=1
+    )
+    scales: list[float] = option([0.0, 1.0, 2.0, 4.0, 8.0, 16.0], "of guidance; 0 is the null prompt's", at_least=0)
+    blue: list[float] = option([0.0, 20.0, 50.0, 100.0, 200.0], "scales of guidance towards blue", at_least=0)
+    drawings: list[str] = option(
+        [], "files of pictures that the prompt describes, to learn a new word from; [] has the model draw it"
+    )
+    elsewhere: list[str] = option(
+        ["a cat in the watercolor style", "a cat in the neon style", "a cat in the flat style"],
+        "prompts in which the new word is then tried",
+    )
+    updates: int = option(400, "of the new word's embedding", at_least=1)
+    lr: float = option(0.01, "learning rate of the new word's embedding", above=0)
+
+    def check(self) -> None:
+        """Raises UserError for words that the prompts do not hold, or a sampler of another kind."""
+        if len(self.words) != 2:
+            raise UserError(f"walkthrough.words={self.words}: allowed: two words, such as [cat, dog]")
+        for name, prompt in (("prompt", self.prompt), *(("elsewhere", prompt) for prompt in self.elsewhere)):
+            if self.words[0].lower() not in prompt.lower().split():
+                raise UserError(f"walkthrough.{name}={prompt!r} does not hold {self.words[0]!r}, the first of words")
+        for sampler in self.samplers:
+            if sampler not in SOLVERS:
+                raise UserError(f"walkthrough.samplers: {sampler!r}; allowed: {', '.join(SOLVERS)}")
+
+
+@dataclass
 class RepresentationsConfig(AnalysisSettings):
     """Settings of analysis=representations; see `esd.analysis.representations`."""
 
@@ -674,6 +719,7 @@ class AnalyzeConfig:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    walkthrough: WalkthroughConfig = field(default_factory=WalkthroughConfig)
     representations: RepresentationsConfig = field(default_factory=RepresentationsConfig)
     erasure: ErasureConfig = field(default_factory=ErasureConfig)
 

@@ -5,6 +5,7 @@ from .extract import (
     Representations,
     as_pixels,
     channel_levels,
+    check_time,
     concat,
     generate,
     img2repr,
@@ -15,6 +16,6 @@ from .extract import (
 from .study import analyse
 
 __all__ = [
-    "Generated", "Representations", "analyse", "as_pixels", "channel_levels", "concat", "generate", "img2repr",
-    "similarity", "site_of", "spread",
+    "Generated", "Representations", "analyse", "as_pixels", "channel_levels", "check_time", "concat", "generate",
+    "img2repr", "similarity", "site_of", "spread",
 ]  # fmt: skip

@@ -98,7 +98,7 @@ def img2repr(
         family: of the model, with denoiser and VAE on their device.
         image: (3, H, W) in [0, 1], or uint8 RGB (H, W, 3).
         extract_positions: see above.
-        step: training time, from 0, which has a little noise too, up to the last of the schedule.
+        step: training time, from 0, at which diffusion has a little noise too, to the last of the schedule.
         prompt: that the denoiser is told.
         seeds: of what the picture is encoded and noised with, one for each row.
         batch_size: most rows in one call.
@@ -109,9 +109,7 @@ def img2repr(
     Raises:
         UserError: no such position, one whose output has no places in the picture, or a time that there is not.
     """
-    last = family.pipe.scheduler.config.num_train_timesteps - 1
-    if not 0 <= step <= last:
-        raise UserError(f"step={step}: allowed: training times from 0 to {last}, such as 100")
+    check_time(family, step)
     if not extract_positions or not seeds:
         raise UserError("give at least one position, such as 'mid_block', and one seed")
     sites = {position: site_of(family, position) for position in extract_positions}
@@ -183,6 +181,13 @@ def site_of(family: Family, position: str) -> Site:
             if isinstance(module, nn.ModuleList) or name.endswith("_block")
         ]
         raise UserError(f"position {position!r}: {error}; modules of this model: {', '.join(blocks)}") from None
+
+
+def check_time(family: Family, step: float) -> None:
+    """Raises UserError for a training time that there is not."""
+    last = family.pipe.scheduler.config.num_train_timesteps - (family.prediction_type != "flow")  # flows reach it
+    if not 0 <= step <= last:
+        raise UserError(f"step={step}: allowed: training times from 0 to {last}, such as 100")
 
 
 def as_pixels(image: Tensor | np.ndarray) -> Tensor:

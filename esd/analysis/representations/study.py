@@ -15,14 +15,26 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.ticker import StrMethodFormatter
 
 from esd.analysis import figures
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 
-from .extract import Representations, channel_levels, concat, generate, img2repr, similarity, site_of, spread
+from .extract import (
+    Representations,
+    channel_levels,
+    check_time,
+    concat,
+    generate,
+    img2repr,
+    similarity,
+    site_of,
+    spread,
+)
 
 SPREAD_MAP = "hot"
 TIME = "time t (1000 is noise)"
@@ -58,6 +70,8 @@ def analyse(
     """
     for position in positions:
         site_of(subject.family, position)
+    for step in (*channel_steps, histogram_step, map_step, *spread_steps):
+        check_time(subject.family, step)
     seeds = subject.seeds(len(prompts))
     images = results.kept("pictures", lambda: subject.draw(prompts, seeds))
     study = _Study(subject, results, list(positions), images)
@@ -161,9 +175,10 @@ def _show_levels(study: _Study, levels: Measured) -> None:
         for i in range(array.shape[1])
         for t, drawn, shown in array[:, i].T
     ])  # fmt: skip
-    results.figure(
-        "levels", figure, f"Mean over {len(study.images)} pictures, bands from least to most. {' '.join(told)}"
-    )
+    results.figure("levels", figure, (
+        "Mean over the pictures, bands from least to most; the denoiser reads the prompt while drawing, the empty one "
+        f"when it is shown the picture. {' '.join(told)}"
+    ))  # fmt: skip
 
 
 def _channels(study: _Study, version: str, steps: Sequence[int]) -> list[np.ndarray]:
@@ -204,6 +219,7 @@ def _show_channels(
             for row in chosen:
                 ax.plot(array[row], color=colours(norm(times[row])), linewidth=1.4)
             ax.set(yscale="log", xlabel="channel, by size", ylabel="mean |value|", title=study.named(version, position))
+            _plain_numbers(ax.yaxis)
         mean = array[chosen].mean(1)
         told.append(
             f"{study.named(version, position)}: the mean over channels goes from {mean[0]:.3g} at t = {steps[0]} to "
@@ -236,6 +252,7 @@ def _show_histogram(study: _Study, channels: Measured, step: int) -> None:
             )
         with figures.style():
             axes[number].set(xscale="log", xlabel="mean |value|", ylabel="channels", title=position)
+            _plain_numbers(axes[number].xaxis)
             if len(channels) > 1:
                 axes[number].legend()
     study.results.figure("histogram", figure, " ".join(told))
@@ -270,7 +287,7 @@ def _show_maps(study: _Study, maps: Measured, step: int, noises: int) -> None:
     rows = [(study.named(version, position), array) for version, _, position, array in study.each(maps)]
     figure, axes = figures.panels(
         1 + len(rows), pictures, height=1.95,
-        title=f"Standard deviation over {noises} noises at t = {step}, mean over channels",
+        title=f"Standard deviation over {noises} noises at t = {step} (hot: black is 0, white the top of the row)",
     )  # fmt: skip
     for i, image in enumerate(study.images):
         _bare(axes[i]).imshow(image)
@@ -290,7 +307,7 @@ def _show_maps(study: _Study, maps: Measured, step: int, noises: int) -> None:
             f"pictures; inside a picture the place that moves most moves {(ratio.max(1) / ratio.min(1)).mean():.1f} "
             "times as far as the one that moves least."
         )
-    results.figure("maps", figure, f"Each row has its own scale, which its label tells. {' '.join(told)}")
+    results.figure("maps", figure, f"Mean over channels; each row has a scale of its own. {' '.join(told)}")
 
 
 def _over_time(study: _Study, version: str, steps: Sequence[int], noises: int) -> list[np.ndarray]:
@@ -380,6 +397,12 @@ def _show_similarity(study: _Study, measured: Measured, step: int) -> None:
         told.append(f"{version}: the most similar places of the other pictures have {most}.")
     told.append(f"Channels of {' and '.join(study.positions)} together.")
     study.results.figure("similarity", figure, " ".join(told))
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """2 and 3 along a logarithmic axis, in place of powers of ten."""
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _bare(ax: Axes) -> Axes:

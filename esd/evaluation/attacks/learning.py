@@ -70,11 +70,15 @@ class LearningAttack(Attack):
         Gradients flow from the conditioning to the vectors.
         """
 
+    def known(self, subject: Subject, row_of: Sequence[int]) -> Tensor:
+        """What it learns from: clean latents (m, c, h, w), example i of row `row_of[i]`."""
+        return draw_examples(subject, row_of)
+
     def tries(self, subject: Subject) -> Tries:
         """A try before the first update, one after every so many, and one after the last."""
         read, vectors = self.reader(subject), [vector.requires_grad_(True) for vector in self.start(subject)]
         row_of = [i % len(subject.rows) for i in range(self.examples)]
-        known = draw_examples(subject, row_of)
+        known = self.known(subject, row_of)
         optimiser = torch.optim.Adam(vectors, lr=self.lr)
         for step in tqdm(range(self.steps + 1), desc=self.name, unit="update", leave=False, disable=None):
             if step % self.every == 0 or step == self.steps:

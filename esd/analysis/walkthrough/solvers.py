@@ -1,0 +1,113 @@
+"""The noise schedule, and samplers as solvers of one differential equation.
+
+Sampling without fresh noise follows an ODE from x_T to x_0. Each sampler is a way of solving it, and one of more steps
+comes nearer. For that all must solve the same one: here they start from the same x_T at the last training time, and end
+at no noise, which not every sampler does by default ("leading" times begin earlier the fewer steps there are, and DDIM
+may end at the first training time's noise).
+
+Source: fast.ai's "Stable Diffusion Deep Dive" notebook; Karras et al. 2022 (arXiv:2206.00364) for sampling as an ODE;
+timestep spacings from Lin et al. 2023 (arXiv:2305.08891), table 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esd.families import Conditioning, Family
+from esd.trajectory import rollout
+
+REFERENCE_STEPS = 1000
+FLOWS = ("euler",)  # what a flow is sampled with
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A noise schedule x_t = α x_0 + σ ε, over training times and at those that sampling visits.
+
+    Attributes:
+        t: training times (n,).
+        alpha: share of signal (n,).
+        sigma: share of noise (n,).
+        visited: times of the sampling steps (steps,).
+    """
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    visited: np.ndarray
+
+    def at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """α and σ at some times."""
+        return np.interp(t, self.t, self.alpha), np.interp(t, self.t, self.sigma)
+
+
+def schedule(family: Family, num_steps: int) -> Schedule:
+    """The schedule of a model, and the times its own sampler visits in so many steps."""
+    last = family.pipe.scheduler.config.num_train_timesteps - (family.prediction_type != "flow")
+    t = torch.arange(0, last + 1).float()
+    alpha, sigma = (scale.numpy() for scale in family.alpha_sigma(t))
+    return Schedule(t.numpy(), alpha, sigma, family.scheduler(num_steps).timesteps.cpu().float().numpy())
+
+
+@contextmanager
+def one_equation(family: Family) -> Iterator[None]:
+    """Has all samplers solve the same ODE from end to end, for the length of a `with` block; flows do already."""
+    own = family.pipe.scheduler
+    if family.prediction_type != "flow":
+        kind: Any = type(own)
+        ends = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        by_default = set(own.config.get("_use_default_values", ())) - set(ends)  # which another class replaces
+        family.pipe.scheduler = kind.from_config({**own.config, **ends, "_use_default_values": [*by_default]})
+    try:
+        yield
+    finally:
+        family.pipe.scheduler = own
+
+
+@torch.no_grad()
+def solve(
+    family: Family,
+    x_T: Tensor,
+    cond: Conditioning,
+    *,
+    sampler: str,
+    num_steps: int,
+    guidance_scale: float,
+) -> tuple[Tensor, int]:
+    """Where a sampler ends (b, c, h, w), and how often it called the denoiser for each sample.
+
+    Args:
+        family: of the model, inside `one_equation`.
+        x_T: unit-variance noise (b, c, h, w).
+        cond: b rows.
+        sampler: a name of a scheduler.
+        num_steps: sampling steps.
+        guidance_scale: see `esd.trajectory.rollout`.
+    """
+    solver = family.scheduler(num_steps, sampler)
+    first = solver.timesteps[0]
+    # what the denoiser gets of x_T at first: Euler's kind rounds it, which would be another equation's start
+    scale = family.model_input(solver, family.first_latents(solver, torch.ones_like(x_T[:1])), first).mean()
+    found = rollout(
+        family, family.denoiser, x_T / scale, cond, family.null(), num_steps=num_steps, guidance_scale=guidance_scale,
+        scheduler=sampler,
+    )  # fmt: skip
+    return found.final, len(found.latents)
+
+
+def errors(ends: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square (b,) of how far latents (b, c, h, w) lie from the reference."""
+    return (ends - reference).square().mean(dim=(1, 2, 3)).sqrt()
+
+
+def order(calls: Sequence[float], found: Sequence[float]) -> float:
+    """How fast an error falls with the calls of the denoiser: p of error ~ calls^-p, by least squares in logarithms."""
+    x, y = np.log(np.array(calls, float)), np.log(np.array(found, float))
+    return float(-np.polyfit(x, y, 1)[0])
