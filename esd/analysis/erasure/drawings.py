@@ -218,7 +218,7 @@ def attention(
     change = maps[1] - maps[0]
     high, reach = max(float(found.max()) for found in maps), float(np.abs(change).max())
     with figures.style():
-        figure = Figure(figsize=(figures.WIDTH, 5.0), layout="constrained")
+        figure = Figure(figsize=(figures.WIDTH, 3.9), layout="constrained")
         axes = figure.subplots(3, len(words), squeeze=False)
         for row, (name, found, look) in enumerate((
             ("base", maps[0], {"cmap": figures.MAP, "vmin": 0.0, "vmax": high}),
