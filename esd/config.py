@@ -24,7 +24,7 @@ from esd.errors import UserError
 
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
-ANALYSES = ("layers",)
+ANALYSES = ("layers", "attention")
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -551,6 +551,51 @@ class LayersConfig(AnalysisSettings):
 
 
 @dataclass
+class AttentionConfig(AnalysisSettings):
+    """Settings of analysis=attention; see `esd.analysis.attention`."""
+
+    prompts: list[str] = option(
+        ["a cat and a rose", "a guitar and a pizza"], "what pictures are edited from; two things for a judge of scenes"
+    )
+    replaced: list[str] = option(
+        ["a dog and a rose", "a guitar and a cake"],
+        "for each of the prompts one of as many words, some of them others",
+    )
+    refined: list[str] = option(
+        ["a cat and a rose in the mosaic style", "a guitar and a pizza in the neon style"],
+        "for each of the prompts one that says more",
+    )
+    pictures: int = option(8, "of each prompt, each with its own seed", at_least=1)
+    where: str | None = option(None, "attentions whose maps are shown and edited; null is all that read the text")
+    resolution: int | None = option(8, "edge of the maps shown, in image tokens; null is the largest", at_least=1)
+    cross_replace: float = option(
+        0.8, "share of the steps, from the first, in which attention to the text is replaced", above=0, at_most=1
+    )
+    self_replace: float = option(0.4, "the same for attention of the image to itself", above=0, at_most=1)
+    threshold: float = option(0.3, "of local blend's mask, in shares of the largest attention", at_least=0, at_most=1)
+    shares: list[float] = option(
+        [0.2, 0.4, 0.6, 0.8, 1.0], "of the steps, and of the layers, that are replaced in a sweep", above=0, at_most=1
+    )
+    weights: list[float] = option([0.0, 0.5, 2.0, 4.0], "of the words that are replaced elsewhere", at_least=0)
+
+    def check(self) -> None:
+        """Raises UserError for prompts without counterpart, or of which nothing, or not word for word, differs."""
+        for name in ("replaced", "refined"):
+            if len(told := getattr(self, name)) != len(self.prompts):
+                raise UserError(
+                    f"attention.{name} has {len(told)} for {len(self.prompts)} attention.prompts; give one for each"
+                )
+        if len(set(self.prompts)) < len(self.prompts):
+            raise UserError(f"attention.prompts={self.prompts} names a prompt twice; allowed: each once")
+        for prompt, other in zip(self.prompts, self.replaced, strict=True):
+            one, two = prompt.split(), other.split()
+            if len(one) != len(two) or one == two:
+                raise UserError(
+                    f"attention.replaced: {other!r} for {prompt!r}; allowed: as many words, of which some differ"
+                )
+
+
+@dataclass
 class AnalyzeConfig:
     """Everything `python -m esd.analyze` takes."""
 
@@ -567,6 +612,7 @@ class AnalyzeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     @property
     def settings(self) -> Any:
