@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from esd.analysis import Results, Subject, layers
-from esd.analysis.edits import KINDS, Plain, picked, readers, seen, selection, short, where, windows
+from esd.analysis.edits import KINDS, Plain, Study, picked, readers, seen, selection, short, where, windows
+from esd.interventions import InjectText, Source, resolve
 from esd.interventions import layers as all_layers
-from esd.interventions import resolve
 from tests import tiny
 from tests.families import GUIDANCE, shared
 
@@ -130,3 +130,29 @@ def test_distances_are_told_in_those_of_other_prompts() -> None:
     assert plain.moved(images[::-1]) == pytest.approx(np.array([0.4, 0, 0.4]) / 0.3)
     assert plain.moved(images[:1], np.array([1])) == pytest.approx([0.2 / 0.3])
     assert seen(one, images, ["a"] * 3) == {"thing": None, "style": None}
+
+
+def test_layers_that_read_the_own_prompt_change_nothing(tmp_path: Path) -> None:
+    own = {kind: {"a cat": "a cat", "a dog": "a dog"} for kind in KINDS}
+    study = Study(subject("sd1"), Results(tmp_path), ["a cat", "a dog"], 2, own)
+    plain = study.plain["base"].images
+    assert study.first(1).tolist() == [0, 2] and study.asked(study.first(1)) == (["a cat", "a dog"], [0, 0])
+    for images in study.injected("base", study.first(2), 0, 3):
+        assert np.abs(images.astype(int) - plain).max() <= 1
+    assert (study.without("base", 1, 1, study.first(1)) == study.without("base", 1, 1)[[0, 2]]).all()
+
+
+def test_every_picture_takes_from_its_own_source_whatever_the_batch() -> None:
+    family, prompts, seeds = shared("flux-dev"), ["a cat", "a dog", "a cat"], [0, 1, 2]
+    rose, dog = Source("a rose", 3), Source("the dog in mosaic style", 4)
+
+    def drawn(sources: list[Source], size: int) -> np.ndarray:
+        one = Subject(family, num_steps=2, guidance_scale=3.5, batch_size=size)
+        return one.draw_from(
+            prompts, seeds, sources, lambda run, rows: InjectText("double[0]", source=run, rows=rows)
+        ).astype(int)
+
+    together = drawn([rose, dog, rose], 3)
+    assert np.abs(together - drawn([rose, dog, rose], 1)).max() <= 1
+    changed = np.abs(together - drawn([dog, rose, rose], 3)).reshape(3, -1).max(axis=1)
+    assert (changed > 1).tolist() == [True, True, False]

@@ -92,6 +92,9 @@ class Study:
         self.seeds = [seed for _ in prompts for seed in subject.seeds(pictures)]
         self.layers, self.readers = layers(self.family), readers(self.family)
         self.flows = self.readers[0].reads == "both"
+        self.family.encode([*prompts, *(text for told in others.values() for text in told.values())])
+        self.family.null()
+        self.family.place("denoiser", "vae")  # the encoders have done their work
         self._pictures, self._unused = pictures, subject.seeds(pictures + 2)[-2:]
         self.plain = {
             version: Plain(
@@ -288,7 +291,7 @@ def draw_windows(
     study.results.figure(name, figure, caption)
 
 
-def told(study: Study, rows: Sequence[int] | None = None) -> str:
+def told(study: Study, rows: np.ndarray | None = None) -> str:
     """Which prompts were drawn."""
     texts = list(dict.fromkeys(study.texts if rows is None else [study.texts[i] for i in rows]))
     return f"{len(texts)} prompt{'s' * (len(texts) > 1)} such as {texts[0]!r}"

@@ -67,7 +67,7 @@ def with_other_prompts(study: Study, few: np.ndarray, lengths: Sequence[int]) ->
             study, f"injection-{kind}", mine, by, names, unit[by], f"Layers that read a prompt with another {kind}",
             f"{carried(mine, by, kind)} n = {len(few)} for each window; {told(study)}.",
         )  # fmt: skip
-    draw_injected(study, few, every)
+    draw_injected(study, few, every, rows)
     return rows
 
 
@@ -83,7 +83,7 @@ def carried(rows: Rows, by: str, kind: str) -> str:
     )
 
 
-def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]]) -> None:
+def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]], rows: Rows) -> None:
     """Draws a picture for every single layer, every window from the first and every window to the last."""
     names = [short(site) for site in study.readers]
     places, last, there = picked(range(len(names)), ACROSS - 2), len(names) - 1, set(every)
@@ -105,8 +105,26 @@ def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]
     asked = " and ".join(repr(study.others[kind][study.texts[few[0]]]) for kind in KINDS)
     study.results.figure(
         "injection-pictures", figure,
-        f"{study.texts[few[0]]!r}, whose layers read {asked}: one layer alone, all up to it, all from it on.",
+        f"{study.texts[few[0]]!r}, whose layers read {asked}: one layer alone, all up to it, all from it on. "
+        f"{' '.join(half_way(rows, kind, names) for kind in KINDS)} n = {len(few)} for each; {told(study)}.",
     )  # fmt: skip
+
+
+def half_way(rows: Rows, kind: str, names: Sequence[str]) -> str:
+    """From which layer on, and up to which, base pictures have to read the other prompt to show it half of the time."""
+    by = "towards" if rows[0]["other"] is None else "other"
+    mine = [row for row in rows if (row["version"], row["swap"]) == ("base", kind)]
+    enough = [row for row in mine if row[by] >= 0.5]
+    up_to = [names.index(row["last"]) for row in enough if row["first"] == names[0]]
+    from_on = [names.index(row["first"]) for row in enough if row["last"] == names[-1]]
+    what = (
+        f"The other {kind} is seen in half of the pictures"
+        if by == "other"
+        else f"Pictures are half way to the other {kind}"
+    )
+    if not up_to or not from_on:
+        return f"{what} in no window from the first layer or to the last."
+    return f"{what} once all layers up to {names[min(up_to)]} read it, or all from {names[max(from_on)]} on."
 
 
 def suggest(study: Study, rows: Rows) -> None:
@@ -213,7 +231,7 @@ def with_another_seed(study: Study, few: np.ndarray) -> Rows:
     study.results.table("cross-seed", rows)
     base = [row for row in rows if row["version"] == "base"]
     figure = figures.wrapped(
-        [[images[0] for images in drawn]], ["unedited", *(f"{row['short']}: {row['moved']:.2f}" for row in base)],
+        [[images[0] for images in drawn]], ["unedited", *(f"{row['short']}\n{row['moved']:.2f}" for row in base)],
         title=f"One layer adds what it adds for another noise: {texts[0]!r}",
     )  # fmt: skip
     worst = max(base, key=lambda row: row["moved"])

@@ -81,7 +81,7 @@ def without_layers(study: Study) -> Rows:
             images = plain.images if i < 0 else study.without(version, i, i)
             layer = {"layer": study.layers[i].label, "short": names[i]} if i >= 0 else {"layer": "", "short": "none"}
             found = mean_of(plain.moved(images)) | seen(study.subject, images, study.texts)
-            rows.append({"version": version, "left_out": i} | layer | found | {"n": len(images)})
+            rows.append({"version": version} | layer | found | {"n": len(images)})
     study.results.table("vitality", rows)
     draw_vitality(study, rows)
     shown = study.first(1)[:SHOWN]
@@ -92,7 +92,17 @@ def without_layers(study: Study) -> Rows:
         title="The picture with one layer left out",
         rows=[study.texts[row] for row in shown],
     )
-    study.results.figure("without", figure, f"One picture of {told(study, shown)}, each time without one layer.")
+    far = {
+        name: float(study.plain["base"].moved(images[shown], shown).mean())
+        for name, images in zip(names, base[1:], strict=True)
+    }
+    most, least = max(far, key=far.__getitem__), min(far, key=far.__getitem__)
+    study.results.figure(
+        "without", figure,
+        f"One picture of each of {told(study, shown)}, drawn without one layer. Of those shown, the ones without "
+        f"{most} differ most from the unedited ({far[most]:.2f}), those without {least} "
+        f"least ({far[least]:.2f}).",
+    )  # fmt: skip
     return rows
 
 
@@ -127,9 +137,9 @@ def draw_vitality(study: Study, rows: Rows) -> None:
     )
     for kind in judged:
         lost = [f"{row['short']} ({row[kind]:.0%})" for row in alone["base"] if row[kind] < base[0][kind] / 2]
+        text += f"The judge sees the {kind} in {base[0][kind]:.0%} of the unedited pictures, "
         text += (
-            f"The judge sees the {kind} in {base[0][kind]:.0%} of the unedited pictures, and in less than half of that "
-            f"without {', '.join(lost) or 'no single layer'}. "
+            f"and in less than half of that without {', '.join(lost)}. " if lost else "and no layer alone halves that. "
         )
     study.results.figure("vitality", figure, f"{text}n = {base[0]['n']} for each layer; {told(study)}.")
 
@@ -157,7 +167,15 @@ def without_windows(study: Study, few: np.ndarray, lengths: Sequence[int]) -> Ro
         np.array(grid), title=f"Consecutive layers left out: {texts[0]!r}", rows=[f"{d + 1}" for d in spans],
         columns=[names[i] for i in starts], row_name="layers left out", column_name="the first of them",
     )  # fmt: skip
-    study.results.figure("windows-pictures", figure, f"One picture of {texts[0]!r} without each window of layers.")
+    far = {
+        d + 1: np.mean([row["moved"] for row in rows if (row["version"], row["length"]) == ("base", d + 1)])
+        for d in spans
+    }
+    study.results.figure(
+        "windows-pictures", figure,
+        f"One picture of {texts[0]!r} without each window of layers. On average over windows the pictures of all "
+        f"prompts move by {', '.join(f'{moved:.2f} (length {length})' for length, moved in far.items())}.",
+    )  # fmt: skip
     return rows
 
 
