@@ -27,8 +27,7 @@ from .scenes import (
     Edit,
     Knobs,
     Scene,
-    changed_side,
-    moved_sides,
+    difference,
     places_of,
     sides,
     with_selves,
@@ -36,6 +35,9 @@ from .scenes import (
 from .subject import Subject
 
 SHOWN = 2  # pictures of each prompt in figures
+MOVED = "difference to the unedited picture\n(root mean square, 0 to 1)"
+SEEN = "share of pictures in which the judge\nsees what was asked for"
+SIDED = ("changed", "kept", "both", "was", "moved_changed", "moved_kept")  # columns that tell of sides
 APART = "difference to the unedited picture\n(root mean square, noise has 1)"
 
 
@@ -94,17 +96,17 @@ def edits_table(study: Drawn) -> Rows:
             plain = study.images(scene, PLAIN, version)
             for edit, (prompt, _) in study.knobs.edits(scene).items():
                 images = study.images(scene, edit, version)
-                seen = sides(study.subject, images, scene, prompt)
-                moved = moved_sides(images, plain, changed_side(study.subject, scene))
+                seen = sides(study.subject, images, plain, scene, prompt)
+                moved = difference(images, plain)
                 far = study.subject.distance(plain, images)
                 for i, seed in enumerate(study.seeds):
-                    read = {"changed": None, "kept": None, "both": None, "was": None}
+                    read = dict.fromkeys(SIDED)
                     if seen:
                         changed, kept = (int(answer) for answer in seen.asked[i])
-                        read = {"changed": changed, "kept": kept, "both": changed * kept, "was": int(seen.was[i])}
+                        answers = (changed, kept, changed * kept, int(seen.was[i]), *seen.moved[i])
+                        read = dict(zip(SIDED, answers, strict=True))
                     own = {"version": version, "prompt": prompt, "seed": seed, "edit": edit[0], "value": edit[1]}
-                    apart = {"moved_changed": moved[i, 0], "moved_kept": moved[i, 1], "distance": far[i]}
-                    every.append(own | read | apart)
+                    every.append(own | read | {"moved": moved[i], "distance": far[i]})
     study.results.table("pictures", every)
     rows: Rows = []
     for version, edit, value in dict.fromkeys((row["version"], row["edit"], row["value"]) for row in every):
@@ -118,8 +120,8 @@ def edits_table(study: Drawn) -> Rows:
 def show_paths(study: Drawn) -> Rows:
     """Leaves how far apart trajectories go: paths.csv, paths.png."""
     steps, knobs = study.subject.num_steps, study.knobs
-    shown = [OTHER_SEED, NO_CONTROL, ("replace", knobs.cross_replace), ("replace, self", knobs.self_replace)]
-    shown.append(("replace, self, blend", knobs.threshold))
+    shown = [OTHER_SEED, NO_CONTROL, ("replace", knobs.cross_replace), ("replace + self", knobs.self_replace)]
+    shown.append(("replace + self + blend", knobs.threshold))
     rows: Rows = []
     curves, spread = {}, {}
     for version in study.subject.versions:
@@ -140,12 +142,13 @@ def show_paths(study: Drawn) -> Rows:
         ax, range(count), curves, spread=spread, x_name="steps taken" if count == steps + 1 else "evaluations",
         y_name=APART,
     )  # fmt: skip
-    free, held = curves["no control"], curves["replace, self"]
+    free, held = curves["no control"], curves["replace + self"]
     text = (
         f"Another word moves what the denoiser gets by {free[1]:.3f} in the first step and by {free[-1]:.2f} at the "
-        f"end, {free[-1] / max(free[1], 1e-9):.0f} times as far; another seed by {curves['another seed'][-1]:.2f}. With "
-        f"attention replaced it is {curves['replace'][-1]:.2f}, with that of the image to itself {held[-1]:.2f}, and with "
-        f"local blend {curves['replace, self, blend'][-1]:.2f}. Bands: one standard deviation. {study.told}."
+        f"end, {free[-1] / max(free[1], 1e-9):.0f} times as far; another seed by {curves['another seed'][-1]:.2f}. "
+        f"With attention replaced it is {curves['replace'][-1]:.2f}, with that of the image to itself {held[-1]:.2f}, "
+        f"and with local blend {curves['replace + self + blend'][-1]:.2f}. Bands: one standard deviation. "
+        f"{study.told}."
     )
     study.results.figure("paths", figure, text)
     return rows
@@ -154,33 +157,30 @@ def show_paths(study: Drawn) -> Rows:
 def show_edits(study: Drawn, rows: Rows) -> None:
     """Draws edits beside the unedited picture, and what is seen in them: replace.png, refine.png, edits.png."""
     knobs = study.knobs
-    replaced = [NO_CONTROL, ("replace", knobs.cross_replace), ("replace, self", knobs.self_replace),
-                ("replace, self, blend", knobs.threshold)]  # fmt: skip
-    refined = [("refined, no control", 0.0), ("refine", knobs.cross_replace), ("refine, self", knobs.self_replace)]
+    replaced = [NO_CONTROL, ("replace", knobs.cross_replace), ("replace + self", knobs.self_replace),
+                ("replace + self + blend", knobs.threshold)]  # fmt: skip
+    refined = [("refined, no control", 0.0), ("refine", knobs.cross_replace), ("refine + self", knobs.self_replace)]
     for name, edits, to in (("replace", replaced, "replaced"), ("refine", refined, "refined")):
         grid, named = [], []
         for scene in study.scenes:
             columns = [study.images(scene, edit)[:SHOWN] for edit in (PLAIN, *edits)]
             grid += [list(pictures) for pictures in zip(*columns, strict=True)]
             named += [f"{scene.prompt} → {getattr(scene, to)}", *[""] * (len(columns[0]) - 1)]
-        figure = figures.pictures(
-            np.array(grid), title=f"Attention {to}", rows=named, columns=["unedited", *(edit for edit, _ in edits)]
-        )
+        heads = ["unedited", "no control", name, "+ self-attention", "+ local blend"][: len(edits) + 1]
+        title = f"A prompt {to}, without and with the other's attention"
+        figure = figures.pictures(np.array(grid), title=title, rows=named, columns=heads)
         study.results.figure(name, figure, told_edits(study, rows, edits))
     shown = [PLAIN, *replaced, *refined]
     found = [row_of(rows, edit) for edit in shown]
     judged = found[0]["both"] is not None
     figure, axes = figures.panels(1, 1 + judged, title="What edits change and what they keep", height=4.6)
     names = [edit for edit, _ in shown]
-    moved = {side: np.array([row[f"moved_{side}"] for row in found]) for side in ("changed", "kept")}
-    figures.bars(
-        axes[0], names, moved, x_name="difference to the unedited picture\n(root mean square, 0 to 1), by side"
-    )
+    figures.bars(axes[0], names, moved_of(found), x_name=MOVED)
     if judged:
-        seen = {side: np.array([row[side] for row in found]) for side in ("changed", "kept", "both")}
-        figures.bars(
-            axes[1], names, seen, x_name="share of pictures in which the judge\nsees what was asked for, by side"
-        )
+        seen = {f"{side} side": np.array([row[side] for row in found]) for side in ("changed", "kept")}
+        figures.bars(axes[1], names, seen | {"both": np.array([row["both"] for row in found])}, x_name=SEEN)
+    for ax in axes:  # beside no bar
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
     study.results.figure("edits", figure, told_edits(study, rows, [*replaced, *refined]))
 
 
@@ -196,7 +196,7 @@ def show_weights(study: Drawn, rows: Rows) -> None:
     parts = [
         f"at weight {row['value']:g} the judge sees the word's thing in {row['changed']:.0%} and the other one in "
         f"{row['kept']:.0%}" if row["both"] is not None else
-        f"at weight {row['value']:g} the sides move by {row['moved_changed']:.3f} and {row['moved_kept']:.3f}"
+        f"at weight {row['value']:g} the picture moves by {row['moved']:.3f}"
         for row in found
     ]  # fmt: skip
     study.results.figure("reweight", figure, f"{'; '.join(parts).capitalize()}. {study.told}.")
@@ -222,51 +222,51 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
     panel, axes = figures.panels(1, 1 + judged, title="Attention replaced in a share of the steps, or of the layers")
     x = [0, *(100 * share for share in shares)]
 
-    def curves(*names: str) -> dict[str, np.ndarray]:
-        return {
-            f"{name.removeprefix('moved_')}, over {what}": np.array([row[name] for row in mine])
-            for what, mine in found.items()
-            for name in names
-        }
-
     share = "share replaced (%)"
-    figures.lines(
-        axes[0], x, curves("moved_changed", "moved_kept"), x_name=share,
-        y_name="difference to the unedited picture\n(root mean square, 0 to 1), by side",
-    )  # fmt: skip
+    curves = {f"{part}, over {what}": y for what, mine in found.items() for part, y in moved_of(mine).items()}
+    figures.lines(axes[0], x, curves, x_name=share, y_name=MOVED)
+    axes[0].set_ylim(bottom=0)
     if judged:
-        figures.lines(
-            axes[1], x, curves("changed", "kept"), x_name=share,
-            y_name="share of pictures in which the judge\nsees what was asked for, by side",
-        )  # fmt: skip
+        curves = {
+            f"{side} side, over {what}": np.array([row[side] for row in mine])
+            for what, mine in found.items()
+            for side in ("changed", "kept")
+        }
+        figures.lines(axes[1], x, curves, x_name=share, y_name=SEEN)
         axes[1].set_ylim(-0.03, 1.03)
     study.results.figure("sweep-curves", panel, told_sweep(study, found))
 
 
+def moved_of(rows: Rows) -> dict[str, np.ndarray]:
+    """How far pictures move, on each side where sides are known."""
+    known = rows[0]["moved_changed"] is not None
+    parts = {"changed side": "moved_changed", "kept side": "moved_kept"} if known else {"picture": "moved"}
+    return {part: np.array([row[name] for row in rows]) for part, name in parts.items()}
+
+
 def told_edits(study: Drawn, rows: Rows, edits: Sequence[Edit]) -> str:
     """What edits change and keep, in a sentence."""
-    parts = []
-    for edit in edits:
-        row = row_of(rows, edit)
-        seen = "" if row["both"] is None else f", and the judge sees what was asked for on both in {row['both']:.0%}"
-        parts.append(f"{edit[0]}: {row['moved_changed']:.3f} and {row['moved_kept']:.3f}{seen}")
-    return (
-        "Difference to the unedited picture (root mean square, 0 to 1) on the changed and on the kept side. "
-        f"{'; '.join(parts)}. {study.told}."
-    )
+    found = [row_of(rows, edit) for edit in edits]
+    parts = [f"{row['edit']}: {told_row(row)}" for row in found]
+    where = " on the changed and on the kept side" if found[0]["both"] is not None else ""
+    return f"Difference to the unedited picture (root mean square, 0 to 1){where}. {'; '.join(parts)}. {study.told}."
+
+
+def told_row(row: dict[str, Any]) -> str:
+    """What one edit changes and keeps."""
+    if row["both"] is None:
+        return f"{row['moved']:.3f}"
+    moved = f"{row['moved_changed']:.3f} and {row['moved_kept']:.3f}"
+    return f"{moved}, what was asked for is seen on both in {row['both']:.0%}"
 
 
 def told_sweep(study: Drawn, found: Mapping[str, Rows]) -> str:
-    """What a sweep does to both sides, in a sentence."""
-    free = found["steps"][0]
-    text = f"With no attention replaced the kept side moves by {free['moved_kept']:.3f}"
-    text += "" if free["changed"] is None else f" and the other thing is seen in {free['changed']:.0%}"
+    """What a sweep does, in a sentence."""
+    parts = [f"with none of the attention replaced {told_row(found['steps'][0])}"]
     for what, mine in found.items():
-        last, least = mine[-1], min(mine, key=lambda row: row["moved_kept"])
-        text += f"; in {last['value']:.0%} of the {what} by {last['moved_kept']:.3f}"
-        text += "" if last["changed"] is None else f", the other thing seen in {last['changed']:.0%}"
-        text += f" (least at {least['value'] if least is not free else 0:.0%}: {least['moved_kept']:.3f})"
-    return f"{text}. {study.told}."
+        parts += [f"in {row['value']:.0%} of the {what} {told_row(row)}" for row in (mine[len(mine) // 2], mine[-1])]
+    where = " on the changed and on the kept side" if found["steps"][0]["both"] is not None else ""
+    return f"Difference to the unedited picture (root mean square, 0 to 1){where}: {'; '.join(parts)}. {study.told}."
 
 
 def row_of(rows: Rows, edit: Edit) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .scenes import Drawn, Scene, things
 
 Rows = list[dict[str, Any]]
 ACROSS = 8  # most columns of steps
+FAINT = 1e-3  # share of attention below which a map shows nothing
 
 
 def show_maps(study: Drawn) -> Rows:
@@ -37,17 +38,17 @@ def show_maps(study: Drawn) -> Rows:
                     seen = {"mass": float(maps[token].mean()), "left": left_share(maps[token]), "n": len(pairs)}
                     rows.append(own | {"step": step, "place": place} | seen)
     study.results.table("maps", rows)
-    panels, labels = [], []
-    for scene in study.scenes:
-        pair, tokens = study.pairs(scene)[0], shown_tokens(study, scene)
-        panels.append([pair.images[0], *(heat_picture(pair.maps.mean(0)[i], pair.images[0]) for i, _ in tokens)])
-        labels.append(["picture", *(text for _, text in tokens)])
+    panels, labels, named_rows = [], [], []
+    for version in study.subject.versions:
+        for scene in study.scenes:
+            pair, tokens = study.pairs(scene, version)[0], shown_tokens(study, scene)
+            panels.append([pair.images[0], *(heat_picture(pair.maps.mean(0)[i], pair.images[0]) for i, _ in tokens)])
+            labels.append(["picture", *(text for _, text in tokens)])
+            named_rows.append(scene.prompt + (f", {version}" if len(study.subject.versions) > 1 else ""))
     figure = figures.pictures(
-        padded(panels),
-        title="Where each word is attended to, mean over steps and places",
-        labels=filled(labels),
-        rows=[scene.prompt for scene in study.scenes],
-    )
+        padded(panels), title="Where each word is attended to, mean over steps and places", labels=filled(labels),
+        rows=named_rows,
+    )  # fmt: skip
     study.results.figure("maps", figure, f"{told_sides(study, rows)} Each map is scaled to its own largest value.")
     scene = study.scenes[0]
     pair, words = study.pairs(scene)[0], thing_tokens(study, scene)
@@ -83,10 +84,13 @@ def thing_tokens(study: Drawn, scene: Scene) -> list[tuple[int, str]]:
 
 
 def heat_picture(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """A map (h, w) as a picture uint8 RGB (H, W, 3), as large as another, from 0 to its largest value."""
+    """A map (h, w) as a picture uint8 RGB (H, W, 3), as large as another, from 0 to its largest value.
+
+    Where that is less than `FAINT` the map stays dark.
+    """
     high, wide = like.shape[:2]
     rows, columns = (np.arange(size) * n // size for size, n in zip((high, wide), values.shape, strict=True))
-    scaled = values / max(float(values.max()), 1e-12)
+    scaled = values / max(float(values.max()), FAINT)
     coloured: np.ndarray = matplotlib.colormaps[figures.MAP](scaled[rows][:, columns])[..., :3]
     return (255 * coloured).round().astype(np.uint8)
 
@@ -133,10 +137,14 @@ def told_places(rows: Rows, scene: Scene, words: Sequence[tuple[int, str]]) -> s
     """Which attentions tell the sides of words apart best."""
     parts = []
     for token, text in words:
-        mine = [row for row in of(rows, scene) if row["token"] == token and row["place"]]
-        best = max(mine, key=lambda row: abs(row["left"] - 0.5))
-        parts.append(f"{text!r} is most one-sided in {best['place']} ({best['left']:.0%} left)")
-    return f"{'; '.join(parts).capitalize()}, mean of n = {rows[0]['n']} pictures."
+        mine = [row for row in of(rows, scene) if row["token"] == token and row["place"] and row["mass"] >= FAINT]
+        best = max(mine, key=lambda row: abs(row["left"] - 0.5), default=None)
+        told = f"most one-sided in {best['place']} ({best['left']:.0%} left)" if best else "hardly attended to"
+        parts.append(f"{text!r} is {told}")
+    return (
+        f"{'; '.join(parts)}; mean of n = {rows[0]['n']} pictures. Each map is scaled to its own largest value; dark "
+        f"ones have less than {FAINT:g} of the attention everywhere."
+    )
 
 
 def of(rows: Rows, scene: Scene) -> Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -94,11 +94,11 @@ class Knobs:
         found: dict[Edit, tuple[str, tuple[Op, ...]]] = {
             PLAIN: (scene.prompt, ()), OTHER_SEED: (scene.prompt, ()), NO_CONTROL: (scene.replaced, ()),
             ("replace", steps): (scene.replaced, (swap,)),
-            ("replace, self", image): (scene.replaced, (both,)),
-            ("replace, self, blend", self.threshold): (scene.replaced, (both, blend)),
+            ("replace + self", image): (scene.replaced, (both,)),
+            ("replace + self + blend", self.threshold): (scene.replaced, (both, blend)),
             ("refined, no control", 0.0): (scene.refined, ()),
             ("refine", steps): (scene.refined, (refine,)),
-            ("refine, self", image): (scene.refined, (refine_both,)),
+            ("refine + self", image): (scene.refined, (refine_both,)),
         }  # fmt: skip
         for share in self.shares:
             some = self.places[: max(1, round(share * len(self.places)))]
@@ -108,8 +108,8 @@ class Knobs:
             )
             found |= {(what, share): (scene.replaced, (op,)) for what, op in zip(("steps", "layers"), ops, strict=True)}
         for weight in self.weights:
-            ops = () if weight == 1 else (Reweight(self.where, weights={scene.swapped[0]: weight}),)
-            found[("reweight", weight)] = (scene.prompt, ops)
+            weighed = Reweight(self.where, weights={scene.swapped[0]: weight})
+            found[("reweight", weight)] = (scene.prompt, () if weight == 1 else (weighed,))
         return found
 
 
@@ -144,16 +144,13 @@ class Pair:
 
 def draw_pair(subject: Subject, results: Results, name: str, scene: Scene, seed: int, knobs: Knobs) -> Pair:
     """Draws a picture of a scene under every edit, or reads what is kept under the name."""
-    parts = ("images", "apart", "maps", "places")
-    made: list[Pair] = []
-
-    def part(number: int) -> np.ndarray:
-        if not made:
-            made.append(_draw(subject, scene, seed, knobs))
-        pair = made[0]
-        return (pair.images, pair.apart, pair.maps, pair.by_place)[number]
-
-    return Pair(*(results.kept(f"{name}-{what}", lambda n=n: part(n)) for n, what in enumerate(parts)))
+    drawn = cache(lambda: _draw(subject, scene, seed, knobs))
+    return Pair(
+        images=results.kept(f"{name}-images", lambda: drawn().images),
+        apart=results.kept(f"{name}-apart", lambda: drawn().apart),
+        maps=results.kept(f"{name}-maps", lambda: drawn().maps),
+        by_place=results.kept(f"{name}-places", lambda: drawn().by_place),
+    )
 
 
 def _draw(subject: Subject, scene: Scene, seed: int, knobs: Knobs) -> Pair:
@@ -162,7 +159,7 @@ def _draw(subject: Subject, scene: Scene, seed: int, knobs: Knobs) -> Pair:
     size = max(1, subject.batch_size - 1)
     maps = AttentionMaps(knobs.where, resolution=knobs.resolution, rows=(0,))
     places = AttentionMaps(knobs.where, by_place=True, by_step=False, rows=(0,))
-    images, apart = [], []
+    images, apart = list[np.ndarray](), list[np.ndarray]()
     for begin in range(1, len(edits), size):
         batch = [edits[0], *edits[begin : begin + size]]
         seeds = [seed + FAR if edit == OTHER_SEED else seed for edit, _ in batch]
@@ -241,18 +238,21 @@ class Sides:
     Attributes:
         asked: (n, 2) bool, whether the thing that the prompt names is seen on the changed, and on the kept side.
         was: (n,) bool, whether the thing that was replaced is still seen on the changed side.
+        moved: (n, 2), `difference` to the unedited picture on the changed, and on the kept side.
     """
 
     asked: np.ndarray
     was: np.ndarray
+    moved: np.ndarray
 
 
-def sides(subject: Subject, images: np.ndarray, scene: Scene, prompt: str) -> Sides | None:
+def sides(subject: Subject, images: np.ndarray, plain: np.ndarray, scene: Scene, prompt: str) -> Sides | None:
     """Reads both halves of pictures of a prompt.
 
     Args:
         subject: whose judge and vocabulary are asked.
         images: uint8 RGB (n, H, W, 3).
+        plain: the same unedited.
         scene: that they belong to.
         prompt: that they were drawn from.
 
@@ -262,11 +262,13 @@ def sides(subject: Subject, images: np.ndarray, scene: Scene, prompt: str) -> Si
     before, after, now = (things(subject, text) for text in (scene.prompt, scene.replaced, prompt))
     if subject.judge is None or not before or not after or not now:
         return None
-    changed = changed_side(subject, scene)
+    order = (0, 1) if before[0] != after[0] else (1, 0)
     read = subject.judge.halves(images)
-    order = (changed, 1 - changed)
     asked = np.stack([read[side].shows([now[side]] * len(images)) for side in order], axis=1)
-    return Sides(asked, read[changed].shows([before[changed]] * len(images)))
+    was = read[order[0]].shows([before[order[0]]] * len(images))
+    width = images.shape[2] // 2
+    halves = [(pictures[:, :, :width], pictures[:, :, width:]) for pictures in (images, plain)]
+    return Sides(asked, was, np.stack([difference(halves[0][side], halves[1][side]) for side in order], axis=1))
 
 
 def things(subject: Subject, prompt: str) -> list[str] | None:
@@ -276,15 +278,7 @@ def things(subject: Subject, prompt: str) -> list[str] | None:
     return named if len(named) == 2 else None
 
 
-def changed_side(subject: Subject, scene: Scene) -> int:
-    """0 where the left thing is replaced, or nobody knows; 1 for the right one."""
-    before, after = (things(subject, text) for text in (scene.prompt, scene.replaced))
-    return int(bool(before and after and before[0] == after[0]))
-
-
-def moved_sides(images: np.ndarray, plain: np.ndarray, changed: int) -> np.ndarray:
-    """(n, 2): root mean square difference, 0 to 1, of pictures from others, on the changed and on the kept side."""
-    apart = ((images.astype(np.float64) - plain) / 255) ** 2
-    width = images.shape[2] // 2
-    left, right = (np.sqrt(part.mean(axis=(1, 2, 3))) for part in (apart[:, :, :width], apart[:, :, width:]))
-    return np.stack([right, left] if changed else [left, right], axis=1)
+def difference(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n,): root mean square difference, 0 to 1, of pictures uint8 RGB (n, H, W, 3)."""
+    apart: np.ndarray = np.sqrt((((images.astype(np.float64) - others) / 255) ** 2).mean(axis=(1, 2, 3)))
+    return apart
