@@ -156,3 +156,11 @@ def test_every_picture_takes_from_its_own_source_whatever_the_batch() -> None:
     assert np.abs(together - drawn([rose, dog, rose], 1)).max() <= 1
     changed = np.abs(together - drawn([dog, rose, rose], 3)).reshape(3, -1).max(axis=1)
     assert (changed > 1).tolist() == [True, True, False]
+
+
+def test_the_lines_of_python_on_the_page_make_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs/analysis/layers.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0].replace("num_steps=10", "num_steps=1")
+    exec(compile(code, "layers.md", "exec"), {"pipe": tiny.pipeline()})
+    assert (tmp_path / "vitality.png").is_file()

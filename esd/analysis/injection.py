@@ -148,7 +148,7 @@ def suggest(study: Study, rows: Rows) -> None:
              "parameters": found.numel, "of_esd_x": found.numel / whole.numel}
         )  # fmt: skip
         study.results.note(
-            f"To erase a {kind}, try selection='{found.expression}': these {len(chosen)} of {len(names)} layers that "
+            f"To erase a {kind}, try selection='{found.expression}': {len(chosen)} of the {len(names)} layers that "
             f"read the text carry {best[by]:.2f} of the {kind}, all together {most:.2f} (n = {best['n']}); "
             f"{found.numel:,} parameters, {found.numel / whole.numel:.0%} of esd_x."
         )
