@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,15 +73,23 @@ def with_other_prompts(study: Study, few: np.ndarray, lengths: Sequence[int]) ->
 
 
 def carried(rows: Rows, by: str, kind: str) -> str:
-    """Which layer alone turns most base pictures into the other prompt's, and what all do."""
+    """What all layers do to base pictures when they read the other prompt, and which of them it takes."""
     base = [row for row in rows if row["version"] == "base"]
-    whole, best = max(base, key=lambda row: row["length"]), max(base, key=lambda row: (row["length"] == 1, row[by]))
-    what = f"sees the other {kind} in" if by == "other" else "lies between the prompts at"
-    who = "the judge" if by == "other" else "the picture"
+    whole, few = max(base, key=lambda row: row["length"]), shortest(base, by)
+    alone = max((row for row in base if row["length"] == 1), key=lambda row: row[by], default=whole)
+    what = f"the judge sees the other {kind} in" if by == "other" else "the picture lies between the prompts at"
+    one = f"; one layer alone does {alone[by]:.2f} at most ({alone['first']})" if alone["length"] == 1 else ""
     return (
-        f"Where {whole['first']} to {whole['last']} read the other prompt, {who} {what} {whole[by]:.2f}; where one "
-        f"layer does, at most {best[by]:.2f} ({best['first']})."
+        f"Where {whole['first']} to {whole['last']} read the other prompt, {what} {whole[by]:.2f}{one}. "
+        f"The shortest window that does {ENOUGH:.0%} of the most is {few['first']} to {few['last']} ({few[by]:.2f})."
     )
+
+
+def shortest(base: Rows, by: str) -> dict[str, Any]:
+    """The shortest window that does nearly what the best one does."""
+    most = max(row[by] for row in base)
+    enough = [row for row in base if row[by] >= ENOUGH * most]
+    return min(enough, key=lambda row: (row["length"], -row[by], -row["towards"]))
 
 
 def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]], rows: Rows) -> None:
@@ -136,9 +145,7 @@ def suggest(study: Study, rows: Rows) -> None:
     for kind in KINDS:
         mine = [row for row in rows if row["swap"] == kind and row["version"] == "base"]
         by = "towards" if mine[0]["other"] is None else "other"
-        most = max(row[by] for row in mine)
-        enough = [row for row in mine if row[by] >= ENOUGH * most]
-        best = min(enough, key=lambda row: (row["length"], -row[by], -row["towards"]))
+        best, most = shortest(mine, by), max(row[by] for row in mine)
         chosen = study.readers[names.index(best["first"]) : names.index(best["last"]) + 1]
         found = study.family.select(selection(study.family, chosen))
         whole = study.family.select("esd_x")
@@ -215,31 +222,33 @@ def depends(study: Study, rows: Rows) -> str:
 
 def with_another_seed(study: Study, few: np.ndarray) -> Rows:
     """Adds to every layer's input what another noise would get there: cross-seed.csv, cross-seed.png."""
-    names, texts = [short(site) for site in study.layers], [study.texts[i] for i in few]
+    places = {short(site): site.expression for site in study.layers} | {"all": where(study.layers)}
+    texts = [study.texts[i] for i in few]
     rows: Rows = []
     drawn = [study.plain["base"].images[few]]
     for version, plain in study.plain.items():
-        for i, site in enumerate(study.layers):
+        for i, (name, place) in enumerate(places.items()):
 
-            def make(run: Source, taking: tuple[int, ...], place: str = site.expression) -> Op:
+            def make(run: Source, taking: tuple[int, ...], place: str = place) -> Op:
                 return CrossSeed(place, source=run, rows=taking)
 
             images = study.taking(version, f"seed-{i}", few, [None], make)
             drawn += [images] if version == "base" else []
             found = mean_of(plain.moved(images, few)) | seen(study.subject, images, texts)
-            rows.append({"version": version, "layer": site.label, "short": names[i]} | found | {"n": len(few)})
+            rows.append({"version": version, "layer": name} | found | {"n": len(few)})
     study.results.table("cross-seed", rows)
     base = [row for row in rows if row["version"] == "base"]
     figure = figures.wrapped(
-        [[images[0] for images in drawn]], ["unedited", *(f"{row['short']}\n{row['moved']:.2f}" for row in base)],
-        title=f"One layer adds what it adds for another noise: {texts[0]!r}",
+        [[images[0] for images in drawn]], ["unedited", *(f"{row['layer']}\n{row['moved']:.2f}" for row in base)],
+        title=f"Layers that add what they add for another noise: {texts[0]!r}",
     )  # fmt: skip
-    worst = max(base, key=lambda row: row["moved"])
+    *alone, every = base
+    worst = max(alone, key=lambda row: row["moved"])
     study.results.figure(
         "cross-seed", figure,
-        f"The number is the mean distance to the unedited picture (1 = as far as another prompt's). It is largest for "
-        f"{worst['short']} ({worst['moved']:.2f}) and {np.mean([row['moved'] for row in base]):.2f} on average. "
-        f"n = {len(few)} for each layer; {told(study)}.",
+        "The number is the mean distance to the unedited picture (1 = as far as another prompt's). One layer alone "
+        f"moves it by {np.mean([row['moved'] for row in alone]):.2f} on average, {worst['layer']} most "
+        f"({worst['moved']:.2f}); all together by {every['moved']:.2f}. n = {len(few)} each; {told(study)}.",
     )  # fmt: skip
     return rows
 
