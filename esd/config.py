@@ -640,7 +640,7 @@ class WalkthroughConfig(AnalysisSettings):
         [0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0], "of the prompt in a mixture", at_least=0, at_most=1
     )
     scales: list[float] = option([0.0, 1.0, 2.0, 4.0, 8.0, 16.0], "of guidance; 0 is the null prompt's", at_least=0)
-    blue: list[float] = option([0.0, 20.0, 50.0, 100.0, 200.0], "scales of guidance towards blue", at_least=0)
+    blue: list[float] = option([0.0, 25.0, 50.0, 75.0, 100.0], "scales of guidance towards blue", at_least=0)
     drawings: list[str] = option(
         [], "files of pictures that the prompt describes, to learn a new word from; [] has the model draw it"
     )

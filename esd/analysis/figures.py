@@ -16,9 +16,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from matplotlib.ticker import StrMethodFormatter
 
 WIDTH = 9.0  # inches, 900 pixels where a page shows 100 to an inch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -93,6 +95,12 @@ def lines(
             ax.set_xticks(x[::each], ticks[::each], rotation=90)
         if len(curves) > 1:
             ax.legend()
+
+
+def plain_numbers(axis: Axis) -> None:
+    """0.2 and 3 along a logarithmic axis, in place of powers of ten."""
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
 def bars(

@@ -7,18 +7,16 @@ does it depend on the noise, and what in other pictures is like a place in this 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.ticker import StrMethodFormatter
 
 from esd.analysis import figures
 from esd.analysis.results import Results
@@ -112,6 +110,13 @@ class _Study:
         family, batch = self.subject.family, self.subject.batch_size
         return img2repr(family, self.images[i], self.positions, step, seeds=seeds, batch_size=batch)
 
+    def kept(self, version: str, name: str, make: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+        """What `make` finds for each number of a position."""
+        return [
+            self.results.kept(f"{version}-{name}-{number}", partial(make, number))
+            for number in range(len(self.positions))
+        ]
+
     def named(self, version: str, name: str) -> str:
         """A curve's name: without the version where there is only the base."""
         return name if len(self.subject.versions) == 1 else f"{name}, {version}"
@@ -146,7 +151,7 @@ def _levels(study: _Study, version: str, prompts: Sequence[str], seeds: Sequence
             ])  # fmt: skip
         return np.array(rows, float).transpose(1, 2, 0, 3)  # (positions, 3, prompts, steps)
 
-    return [study.results.kept(f"{version}-levels-{i}", lambda i=i: both()[i]) for i in range(len(study.positions))]
+    return study.kept(version, "levels", lambda number: both()[number])
 
 
 def _show_levels(study: _Study, levels: Measured) -> None:
@@ -188,12 +193,13 @@ def _channels(study: _Study, version: str, steps: Sequence[int]) -> list[np.ndar
     def shown(step: int) -> list[Representations]:
         return [study.shown(i, step, [study.subject.seed + i]) for i in range(len(study.images))]
 
-    def sizes(position: str) -> np.ndarray:
+    def sizes(number: int) -> np.ndarray:
+        position = study.positions[number]
         return np.stack([
             np.mean([channel_levels(one[position]).numpy() for one in shown(step)], axis=0) for step in steps
         ])  # fmt: skip
 
-    return [study.results.kept(f"{version}-channels-{i}", lambda p=p: sizes(p)) for i, p in enumerate(study.positions)]
+    return study.kept(version, "channels", sizes)
 
 
 def _show_channels(
@@ -219,7 +225,7 @@ def _show_channels(
             for row in chosen:
                 ax.plot(array[row], color=colours(norm(times[row])), linewidth=1.4)
             ax.set(yscale="log", xlabel="channel, by size", ylabel="mean |value|", title=study.named(version, position))
-            _plain_numbers(ax.yaxis)
+            figures.plain_numbers(ax.yaxis)
         mean = array[chosen].mean(1)
         told.append(
             f"{study.named(version, position)}: the mean over channels goes from {mean[0]:.3g} at t = {steps[0]} to "
@@ -243,7 +249,7 @@ def _show_histogram(study: _Study, channels: Measured, step: int) -> None:
             sizes = arrays[number]
             with figures.style():
                 name = study.named(version, position)
-                axes[number].hist(sizes, bins=bins, color=color, alpha=0.6, label=version)
+                axes[number].hist(sizes, bins=bins.tolist(), color=color, alpha=0.6, label=version)
             close = np.mean((sizes > np.median(sizes) / 2) & (sizes < np.median(sizes) * 2))
             told.append(
                 f"{name}: {close:.0%} of {len(sizes)} channels lie within a factor of 2 of the median "
@@ -252,7 +258,7 @@ def _show_histogram(study: _Study, channels: Measured, step: int) -> None:
             )
         with figures.style():
             axes[number].set(xscale="log", xlabel="mean |value|", ylabel="channels", title=position)
-            _plain_numbers(axes[number].xaxis)
+            figures.plain_numbers(axes[number].xaxis)
             if len(channels) > 1:
                 axes[number].legend()
     study.results.figure("histogram", figure, " ".join(told))
@@ -271,10 +277,11 @@ def _maps(study: _Study, version: str, step: int, noises: int) -> list[np.ndarra
     def shown(i: int) -> Representations:
         return study.shown(i, step, range(noises))
 
-    def spreads(position: str) -> np.ndarray:
+    def spreads(number: int) -> np.ndarray:
+        position = study.positions[number]
         return np.stack([spread(shown(i)[position]).numpy() for i in range(len(study.images))])
 
-    return [study.results.kept(f"{version}-maps-{i}", lambda p=p: spreads(p)) for i, p in enumerate(study.positions)]
+    return study.kept(version, "maps", spreads)
 
 
 def _show_maps(study: _Study, maps: Measured, step: int, noises: int) -> None:
@@ -325,7 +332,7 @@ def _over_time(study: _Study, version: str, steps: Sequence[int], noises: int) -
         ]
         return np.array(every).transpose(2, 3, 0, 1)  # (positions, 2, pictures, steps)
 
-    return [study.results.kept(f"{version}-over-time-{i}", lambda i=i: found()[i]) for i in range(len(study.positions))]
+    return study.kept(version, "over-time", lambda number: found()[number])
 
 
 def _show_over_time(study: _Study, over_time: Measured, steps: Sequence[int], noises: int) -> None:
@@ -397,12 +404,6 @@ def _show_similarity(study: _Study, measured: Measured, step: int) -> None:
         told.append(f"{version}: the most similar places of the other pictures have {most}.")
     told.append(f"Channels of {' and '.join(study.positions)} together.")
     study.results.figure("similarity", figure, " ".join(told))
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """2 and 3 along a logarithmic axis, in place of powers of ten."""
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _bare(ax: Axes) -> Axes:

@@ -5,11 +5,11 @@
 """
 
 from .drawing import between, blueness, guided_by, images_of, img2img, strips, walk
-from .solvers import errors, one_equation, schedule, solve
+from .solvers import errors, schedule, solve
 from .study import analyse
 from .words import Learning, drawings, input_embeddings, learn, swapped, with_new_word
 
 __all__ = [
     "Learning", "analyse", "between", "blueness", "drawings", "errors", "guided_by", "images_of", "img2img",
-    "input_embeddings", "learn", "one_equation", "schedule", "solve", "strips", "swapped", "walk", "with_new_word",
+    "input_embeddings", "learn", "schedule", "solve", "strips", "swapped", "walk", "with_new_word",
 ]  # fmt: skip

@@ -73,12 +73,8 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
             rows.append([count, calls, *solvers.errors(end.cpu(), exact).tolist()])
         return np.array(rows)
 
-    with solvers.one_equation(family):
-        exact = torch.from_numpy(results.kept("reference", reference))
-        curves = {
-            name: results.kept(f"errors-{name.replace('+', 'p')}", lambda name=name: found(name, exact))
-            for name in samplers
-        }
+    exact = torch.from_numpy(results.kept("reference", reference))
+    curves = {name: results.kept(f"errors-{name.replace('+', 'p')}", partial(found, name, exact)) for name in samplers}
     results.table("samplers", [
         {"sampler": name, "steps": int(row[0]), "calls": int(row[1]), "picture": i, "error": error}
         for name, curve in curves.items()
@@ -96,8 +92,10 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
             ax.plot(curve[:, 1], mean, dashes, marker="o", color=figures.COLOURS[number], label=name)
             nearest = f"{mean[-1]:.2g} with {curve[-1, 1]:.0f} calls"
             told.append(f"{name} {mean[0]:.2g} with {curve[0, 1]:.0f} calls, {nearest}, "
-                        f"falling as calls^-{solvers.order(curve[:, 1], mean):.1f}")  # fmt: skip
+                        f"falling as calls^-{solvers.order(curve[:, 1].tolist(), mean.tolist()):.1f}")  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel="calls of the denoiser", ylabel="error of x_0 (root mean square)")
+        for axis in (ax.xaxis, ax.yaxis):
+            figures.plain_numbers(axis)
         ax.legend()
     which = "Euler" if flow else "DPM++"
     results.figure("samplers", figure, (
@@ -257,10 +255,10 @@ def show_blue(walk: Walk, scales: Sequence[float]) -> None:
         np.stack(images, axis=1), title=f"{walk.prompt}: guided by a loss, mean |blue - 0.9|", rows=walk.rows(),
         columns=[f"{scale:g}" for scale in scales], column_name="scale of the loss's gradient",
     )  # fmt: skip
-    read = [row for row in (rows[0], rows[-1]) if row["thing"] is not None]
     least, most = rows[0], rows[-1]
+    read = "; ".join(f"{row['scale']:g}: {row['thing']:.0%}" for row in rows if row["thing"] is not None)
     walk.results.figure("blue", figure, (
         f"The loss goes from {least['loss']:.3f} at scale {scales[0]:g} to {most['loss']:.3f} at {scales[-1]:g}, blue "
         f"from {least['blue']:.2f} to {most['blue']:.2f}, red from {least['red']:.2f} to {most['red']:.2f}."
-        + (f" The judge sees the prompt's thing in {read[0]['thing']:.0%} and {read[-1]['thing']:.0%}." if read else "")
+        + (f" Share in which the judge sees the prompt's thing, by scale: {read}." if read else "")
     ))  # fmt: skip

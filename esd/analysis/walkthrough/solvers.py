@@ -1,9 +1,10 @@
 """The noise schedule, and samplers as solvers of one differential equation.
 
 Sampling without fresh noise follows an ODE from x_T to x_0. Each sampler is a way of solving it, and one of more steps
-comes nearer. For that all must solve the same one: here they start from the same x_T at the last training time, and end
-at no noise, which not every sampler does by default ("leading" times begin earlier the fewer steps there are, and DDIM
-may end at the first training time's noise).
+comes nearer. For that all must solve the same one, which by default they do not: "leading" times begin earlier the
+fewer steps there are, and from its last time each sampler leaps to no noise in one step of first order, from further
+away the fewer steps there are. Here all go from the last training time to the first, and make x_0 of what is predicted
+there.
 
 Source: fast.ai's "Stable Diffusion Deep Dive" notebook; Karras et al. 2022 (arXiv:2206.00364) for sampling as an ODE;
 timestep spacings from Lin et al. 2023 (arXiv:2305.08891), table 2.
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from esd.families import Conditioning, Family
-from esd.trajectory import rollout
+from esd.trajectory import clean, conditionings_of, mixed, predict_many, rollout
 
 REFERENCE_STEPS = 1000
 FLOWS = ("euler",)  # what a flow is sampled with
+TO_ZERO = ("euler", "heun", "lms")  # samplers whose last step goes from the first training time to no noise
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,6 @@ def schedule(family: Family, num_steps: int) -> Schedule:
     return Schedule(t.numpy(), alpha, sigma, family.scheduler(num_steps).timesteps.cpu().float().numpy())
 
 
-@contextmanager
-def one_equation(family: Family) -> Iterator[None]:
-    """Has all samplers solve the same ODE from end to end, for the length of a `with` block; flows do already."""
-    own = family.pipe.scheduler
-    if family.prediction_type != "flow":
-        kind: Any = type(own)
-        ends = {"timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
-        by_default = set(own.config.get("_use_default_values", ())) - set(ends)  # which another class replaces
-        family.pipe.scheduler = kind.from_config({**own.config, **ends, "_use_default_values": [*by_default]})
-    try:
-        yield
-    finally:
-        family.pipe.scheduler = own
-
-
 @torch.no_grad()
 def solve(
     family: Family,
@@ -84,22 +71,49 @@ def solve(
     """Where a sampler ends (b, c, h, w), and how often it called the denoiser for each sample.
 
     Args:
-        family: of the model, inside `one_equation`.
+        family: of the model.
         x_T: unit-variance noise (b, c, h, w).
         cond: b rows.
         sampler: a name of a scheduler.
         num_steps: sampling steps.
         guidance_scale: see `esd.trajectory.rollout`.
     """
-    solver = family.scheduler(num_steps, sampler)
-    first = solver.timesteps[0]
-    # what the denoiser gets of x_T at first: Euler's kind rounds it, which would be another equation's start
-    scale = family.model_input(solver, family.first_latents(solver, torch.ones_like(x_T[:1])), first).mean()
-    found = rollout(
-        family, family.denoiser, x_T / scale, cond, family.null(), num_steps=num_steps, guidance_scale=guidance_scale,
-        scheduler=sampler,
-    )  # fmt: skip
-    return found.final, len(found.latents)
+    with _from_end_to_end(family, sampler):
+        solver = family.scheduler(num_steps, sampler)
+        # what the denoiser gets of x_T at first: Euler's kind rounds it, which would be another equation's start
+        ones = family.first_latents(solver, torch.ones_like(x_T[:1]))
+        scale = family.model_input(solver, ones, solver.timesteps[0]).mean()
+        found = rollout(
+            family, family.denoiser, x_T / scale, cond, family.null(), num_steps=num_steps,
+            guidance_scale=guidance_scale, scheduler=sampler,
+        )  # fmt: skip
+    calls = len(found.latents)
+    if family.prediction_type == "flow" or sampler in TO_ZERO:
+        return found.final, calls
+    first = found.t.new_zeros(())
+    asked = conditionings_of(family, cond, family.null(), guidance_scale)
+    prediction = mixed(predict_many(family, family.denoiser, found.final, first, asked), guidance_scale)
+    return clean(family, found.final, first, prediction), calls + 1
+
+
+@contextmanager
+def _from_end_to_end(family: Family, sampler: str) -> Iterator[None]:
+    """Has a sampler begin at the last training time and come to the first, for the length of a `with` block.
+
+    Those of `TO_ZERO` visit the first and go on from there to no noise; others end there. Flows have no other ends.
+    """
+    own = family.pipe.scheduler
+    if family.prediction_type != "flow":
+        kind: Any = type(own)
+        ends: dict[str, Any] = {"timestep_spacing": "linspace" if sampler in TO_ZERO else "trailing"}
+        ends |= {"final_sigmas_type": "zero" if sampler in TO_ZERO else "sigma_min"}
+        ends |= {"steps_offset": 0, "set_alpha_to_one": False}
+        by_default = set(own.config.get("_use_default_values", ())) - set(ends)  # which another class replaces
+        family.pipe.scheduler = kind.from_config({**own.config, **ends, "_use_default_values": [*by_default]})
+    try:
+        yield
+    finally:
+        family.pipe.scheduler = own
 
 
 def errors(ends: Tensor, reference: Tensor) -> Tensor:

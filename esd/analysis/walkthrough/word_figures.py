@@ -34,7 +34,9 @@ def show_embeddings(walk: Walk) -> None:
     alike = (unit @ unit.T).numpy()
     figure, (left, right) = figures.panels(1, 2, title="What the text encoder reads: token + position embedding")
     figures.bars(left, names, norms, x_name="norm", title=walk.prompt)
-    places = range(len(alike))
+    left.set_xlim(right=1.6 * max(norm.max() for norm in norms.values()))  # room for the legend
+    left.legend(loc="lower right")
+    places = [str(i) if i % 4 == 0 else "" for i in range(len(alike))]
     figures.heat(right, alike, rows=places, columns=places, y_name="place", x_name="place", unit="cosine", signed=True,
                  title="likeness of position embeddings")  # fmt: skip
     neighbours = float(np.diag(alike, 1).mean())
@@ -67,7 +69,7 @@ def show_swap(walk: Walk, word: str, other: str) -> None:
     walk.results.table("swap", rows)
     figure = figures.pictures(
         np.stack([np.concatenate(list(found[:, None]), axis=0) for found in drawn.values()]),
-        title="A token's embedding in another one's place", rows=list(drawn), columns=walk.rows(),
+        title="A token's embedding in another one's place", rows=list(drawn), columns=walk.rows(), width=5.5,
     )  # fmt: skip
     apart = np.abs(list(drawn.values())[1].astype(int) - list(drawn.values())[2]).max()
     walk.results.figure("swap", figure, (
