@@ -85,10 +85,12 @@ def check_launch(asked: int | None) -> None:
 
     there = int(os.environ.get("WORLD_SIZE", "1"))
     if asked is not None and asked != there:
-        launch = f"accelerate launch --num_processes {asked}" if asked > 1 else "python"
+        # without cards accelerate starts one process, whatever number it is told
+        several = f"accelerate launch --num_processes {asked} -m esd.train ... where there are as many cards, else as "
+        several += f"torchrun --nproc_per_node {asked} -m esd.train ..."
         raise UserError(
-            f"training.processes={asked}, and this launch has {there}; start it as {launch} -m esd.train ..., or set "
-            f"training.processes={there}"
+            f"training.processes={asked}, and this launch has {there}; start it as "
+            f"{several if asked > 1 else 'python -m esd.train ...'}, or set training.processes={there}"
         )
     for kind, name in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
         if os.environ.get(kind, "false").lower() in ("true", "1"):
