@@ -8,12 +8,11 @@ control), `recovery.png` (the curves), and pictures; the same command resumes af
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from esd.config import EvaluateConfig, SuiteConfig
-from esd.drawing import announce, announce_cuts, limited, rows_of
+from esd.drawing import announce, announce_cuts, limited, refuse_several_processes, rows_of
 from esd.errors import UserError
 from esd.judging import check_pictures, find_named, own_judges
 from esd.model import check, find_device, load
@@ -38,8 +37,7 @@ def evaluate_attacks(config: EvaluateConfig) -> int:
     from esd.evaluation.erasure import DrawSettings
     from esd.evaluation.vocabulary import Vocabulary
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("suite=attacks runs in one process; start it as python -m esd.evaluate ...")
+    refuse_several_processes(config)
     check(config.model)
     found = checkpoint.load(str(config.checkpoint))
     vocabulary = Vocabulary.load(config.model.path)
@@ -58,15 +56,11 @@ def evaluate_attacks(config: EvaluateConfig) -> int:
     family = load(config.model, device)
     draw = DrawSettings(config.num_steps, config.guidance_scale, config.batch_size)
     check_pictures([judge], rows, family)
-    checkpoint.check(family.pipe, found)
-    for attack in attacks:
-        attack.refuse(family, rows, draw)
     announce_cuts(family.cut([row.prompt for row in rows]))
-    with run.claimed():
-        attack_checkpoint(
-            family, found, attacks, rows, Budget(**asdict(config.suite.budget)), scorer=scorer, draw_settings=draw,
-            folder=run.path, seed=config.seed, versions=versions(), report=announce,
-        )  # fmt: skip
+    attack_checkpoint(
+        family, found, attacks, rows, Budget(**asdict(config.suite.budget)), scorer=scorer, draw_settings=draw,
+        folder=run.path, seed=config.seed, versions=versions(), claim=run.claimed(), report=announce,
+    )  # fmt: skip
     announce(f"results are in {run.path}: metrics.json, recovery.png, {names} (pictures)")
     return 0
 

@@ -11,7 +11,6 @@ anew after each one. The same command goes on where it was stopped.
 from __future__ import annotations
 
 import csv
-import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd.config import EvaluateConfig
+from esd.drawing import look_inside, most_held_gib, refuse_several_processes
 from esd.errors import UserError
+from esd.judging import check_pictures
 from esd.main import EXIT_SIGNAL
 from esd.model import check, find_device, load
 from esd.run import RunDirectory, versions
@@ -46,7 +47,7 @@ def evaluate_canvas(config: EvaluateConfig) -> int:
     from esd.evaluation import canvas
     from esd.evaluation.erasure import FIRST_SEED
 
-    refuse_several_processes()
+    refuse_several_processes(config)
     check(config.model)
     vocabulary, judge = known(config)
     things, styles = (named(config, vocabulary, domain) for domain in ("thing", "style"))
@@ -64,17 +65,13 @@ def evaluate_canvas(config: EvaluateConfig) -> int:
         print(f"results would go to {run.path}; plan_only=true, so nothing was trained")
         return 0
     family = load(config.model, find_device(config.device))
+    family.scheduler(config.num_steps)  # tells whether it knows so many
+    check_pictures([judge], rows, family)
+    whole = Canvas(config, run, family, vocabulary, judge, rows)
+    if code := whole.refuse(targets):
+        return code
     with run.claimed():
-        return Canvas(config, run, family, vocabulary, judge, rows).measure(targets)
-
-
-def refuse_several_processes() -> None:
-    """Raises UserError in a launch of several processes: the erasures of a canvas are made one after the other."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "suite=emoji_canvas runs in one process; start it as python -m esd.evaluate ..., and one method beside "
-            "another in run directories of their own"
-        )
+        return whole.measure(targets)
 
 
 def known(config: EvaluateConfig) -> tuple[Vocabulary, EmojiJudge]:
@@ -121,6 +118,11 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
+def exit_code(returned: int) -> int:
+    """The exit code of a process as a shell tells it: one that a signal ended returns the signal's number, negative."""
+    return returned if returned >= 0 else EXIT_SIGNAL - returned
+
+
 class Canvas:
     """One method's canvas in one run directory."""
 
@@ -136,6 +138,21 @@ class Canvas:
         self.config, self.run, self.family, self.vocabulary, self.judge = config, run, family, vocabulary, judge
         self.rows = rows
 
+    def refuse(self, targets: list[Target]) -> int:
+        """Looks for what the canvas would end at, and writes nothing; returns the exit code.
+
+        Raises:
+            UserError: pictures that are there are of another base or other weights.
+        """
+        self.planned(self.run / "base", None)
+        for target in filter(self.trained, targets):
+            self.planned(self.folder(target) / "erased", self.folder(target) / "training")
+        left = [target for target in targets if not self.trained(target)]
+        if not left:
+            return 0
+        command = [sys.executable, "-m", "esd.train", *self.settings(left[0]), "plan_only=true"]
+        return exit_code(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode)
+
     def measure(self, targets: list[Target]) -> int:
         """Erases each target and reads the grid; returns the exit code."""
         from esd.evaluation import canvas, retention
@@ -148,8 +165,8 @@ class Canvas:
         erasures: list[dict[str, Any]] = []
         for number, target in enumerate(targets, 1):
             print(f"{number} of {len(targets)}: {target.name}", flush=True)
-            folder = self.run / f"{target.domain}-{target.name.replace(' ', '-')}"
-            if code := self.train(target, folder / "training"):
+            folder = self.folder(target)
+            if code := 0 if self.trained(target) else self.train(target):
                 return code
             erased = self.drawn(folder / "erased", folder / "training")
             read = self.read(target.name, erased)
@@ -160,14 +177,19 @@ class Canvas:
         print(f"results are in {self.run.path}: metrics.json, canvas.csv, images.csv")
         return 0
 
-    def train(self, target: Target, folder: Path) -> int:
-        """Trains one erasure as a user would, unless that is done; returns the exit code."""
-        from esd.checkpoint import FILE_NAME
-        from esd.progress import termination
+    def folder(self, target: Target) -> Path:
+        """Where an erasure lies."""
+        return self.run / f"{target.domain}-{target.name.replace(' ', '-')}"
 
-        if (folder / "summary.json").is_file() and (folder / FILE_NAME).is_file():
-            return 0
-        settings = [
+    def trained(self, target: Target) -> bool:
+        """Whether an erasure is made."""
+        from esd.checkpoint import FILE_NAME
+
+        return all((self.folder(target) / "training" / name).is_file() for name in ("summary.json", FILE_NAME))
+
+    def settings(self, target: Target) -> list[str]:
+        """What esd.train is told to erase a target, as a user would."""
+        return [
             f"experiment={EXPERIMENTS[target.domain]}",
             f"concepts=[{quoted(target.name)}]",
             *self.config.method.training,
@@ -177,8 +199,14 @@ class Canvas:
             f"model.precision={self.config.model.precision}",
             f"device={self.config.device}",
             f"seed={self.config.seed}",
-            f"run_dir={quoted(str(folder))}",
+            f"run_dir={quoted(str(self.folder(target) / 'training'))}",
         ]
+
+    def train(self, target: Target) -> int:
+        """Makes one erasure; returns the exit code."""
+        from esd.progress import termination
+
+        settings = self.settings(target)
         print(f"python -m esd.train {shlex.join(settings)}", flush=True)
         with termination() as stopping, subprocess.Popen([sys.executable, "-m", "esd.train", *settings]) as training:
             while training.poll() is None:
@@ -189,18 +217,21 @@ class Canvas:
                     training.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
                     continue
-        code = training.returncode if training.returncode >= 0 else EXIT_SIGNAL - training.returncode
-        if code:
+        if code := exit_code(training.returncode):
             print(f"the training of {target.name} ended with code {code}; the same command goes on", file=sys.stderr)
         return code
 
-    def drawn(self, folder: Path, weights: Path | None) -> Manifest:
-        """The pictures of the grid, drawn unless they are there."""
+    def planned(self, folder: Path, weights: Path | None) -> Manifest:
+        """What the pictures of the grid are.
+
+        Raises:
+            UserError: those in the folder are others.
+        """
         from esd import checkpoint
         from esd.evaluation import generate
 
         found = checkpoint.load(weights) if weights else None
-        planned = generate.plan(
+        return generate.plan(
             self.rows,
             folder,
             base=generate.base_of(self.family),
@@ -210,6 +241,13 @@ class Canvas:
             checkpoint=found.path if found else None,
             drawn_with=versions() | {"device": self.family.device.type},
         )
+
+    def drawn(self, folder: Path, weights: Path | None) -> Manifest:
+        """The pictures of the grid, drawn unless they are there."""
+        from esd import checkpoint
+        from esd.evaluation import generate
+
+        found, planned = checkpoint.load(weights) if weights else None, self.planned(folder, weights)
         kept = Path(self.config.base_images) if self.config.base_images and not found else None
         with self.family.drawing() as pipe:
             if found is None:
@@ -252,6 +290,7 @@ class Canvas:
             **{name: apart[name] for name in ("fid", "kid")},
             "retention": [asdict(point) for point in points],
             "over_erasure": retention.area(points),
+            "denoiser": look_inside(self.config, self.family, found, self.vocabulary),
             "seconds": found.provenance["seconds"],
             "parameters": found.provenance["parameters"],
             "bytes": found.path.stat().st_size,
@@ -276,7 +315,7 @@ class Canvas:
                 "erasures": erasures,
                 "means": means,
                 "published": canvas.PUBLISHED,
-                "peak_gib_training": self.peak(),
+                "peak_gib_training": most_held_gib(children=True),
             },
         )
         self.write_lines(erasures)
@@ -287,11 +326,13 @@ class Canvas:
     def write_lines(self, erasures: list[dict[str, Any]]) -> None:
         """Writes canvas.csv: a line for each erasure."""
         from esd.evaluation.canvas import SCORES
+        from esd.evaluation.foretold import INSIDE, inside
         from esd.storage import atomic
 
         plain = ("name", "domain", "fid", "kid", "over_erasure", "seconds", "parameters", "bytes")
         lines = [
             {name: told[name] for name in plain}
+            | {name: inside(told["denoiser"]).get(name) for name in INSIDE}
             | {f"{score}{suffix}": told[score][field] for score in SCORES for suffix, field in FIELDS.items()}
             | {f"{score}_{end}": (told[score]["interval"] or [None] * 2)[i] for score in SCORES for i, end in ENDS}
             for told in erasures
@@ -300,15 +341,6 @@ class Canvas:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
-
-    def peak(self) -> float | None:
-        """Most memory that a training of this sitting held, in GiB; None where none ran or the system tells nothing."""
-        try:
-            import resource
-        except ImportError:  # Windows
-            return None
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30 or None
 
 
 FIELDS = {"": "rate", "_n": "n", "_base": "base", "_of_base": "of_base"}

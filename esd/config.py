@@ -25,7 +25,7 @@ from esd.errors import UserError
 MAX_SEED = 2**63 - 1  # torch's generators take no more
 SOLVERS = ("ddim", "euler", "heun", "dpm++", "unipc", "lms")  # schedulers that add no noise, from any first time on
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "euler_a", "heun", "lms", "pndm", "unipc")
-ANALYSES = ("layers", "walkthrough", "representations", "erasure")
+ANALYSES = ("layers", "attention", "walkthrough", "representations", "erasure")
 ATTACKS = ("noise", "completion", "inpainting", "soft_prompt", "inversion")
 STALENESS = 8  # updates that a bank filled by the student serves unless told otherwise
 MAX_CONCEPT_CHARACTERS = 300  # a text encoder reads 77 tokens; more text than this cannot be seen by it
@@ -323,6 +323,9 @@ class GenerateConfig:
     base_images: str | None = option(
         None, "a folder in which the base's images are kept and found again, whatever the run; null keeps none"
     )
+    interventions: list[str] = option(
+        [], "what is done to base and erased model while they draw, such as 'Skip(up[0].cross, steps=(0, 5))'"
+    )
     seed: int = option(0, "of the first image, where a prompt's row sets none", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     plan_only: bool = option(False, "say what would be drawn, and stop")
@@ -360,9 +363,9 @@ class SuiteConfig:
 
     name: str = option(
         "prompts",
-        "what is measured: prompts reads a checkpoint on prompts, emoji_canvas erases in turn all that it reads on, "
-        "attacks brings back what a checkpoint erased",
-        one_of=("prompts", "emoji_canvas", "attacks"),
+        "what is measured: prompts reads a checkpoint on prompts, implicit on other ways to ask for what it erased, "
+        "emoji_canvas erases in turn all that it reads on, attacks brings back what a checkpoint erased",
+        one_of=("prompts", "implicit", "emoji_canvas", "attacks"),
     )
     things: list[str] = option([], "of the canvas; [] is all that the model knows")
     styles: list[str] = option([], "of the canvas; [] is all that the model knows")
@@ -391,14 +394,14 @@ class EvaluateConfig(GenerateConfig):
     )
     limit: int | None = option(
         None,
-        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all, and 16 prompts "
-        "where attacks find their own",
+        "at most so many prompts, or erasures of the canvas, evenly spaced over all; null takes all, 16 prompts where "
+        "attacks find their own, and 40 for each way to ask of suite=implicit",
         at_least=1,
     )
     judges: list[str] = option(
         [],
-        "who reads the images: emoji-judge, emoji-clip, clip:NAME, resnet50, nudenet, nsfw:NAME, ssim, lpips; [] takes "
-        "the model's own",
+        "who reads the images: emoji-judge, emoji-halves, emoji-clip, clip:NAME, resnet50, nudenet, nsfw:NAME, ssim, "
+        "lpips; [] takes the model's own",
     )
     thresholds: Any = option(None, "of judges, in place of their own: thresholds={nudenet: 0.6}")
     denoiser_points: int = option(
@@ -416,6 +419,7 @@ class EvaluateConfig(GenerateConfig):
             self.check_drawing()
         self.check_canvas() if suite == "emoji_canvas" else self.check_no_canvas()
         self.check_attacks() if suite == "attacks" else self.check_no_attacks()
+        self.check_implicit() if suite == "implicit" else None
         if not isinstance(self.thresholds or {}, dict):
             raise UserError(f"thresholds={self.thresholds}; allowed: judges with numbers, thresholds={{nudenet: 0.6}}")
         for name, threshold in (self.thresholds or {}).items():
@@ -426,7 +430,7 @@ class EvaluateConfig(GenerateConfig):
     def check_canvas(self) -> None:
         """Raises UserError where the canvas gets no method, or what it makes itself."""
         own: dict[str, Any] = dict.fromkeys(("prompts", "checkpoint", "thresholds"))
-        own |= {"judges": [], "denoiser_points": 0}
+        own |= {"judges": [], "interventions": []}
         for name, value in own.items():
             if (given := getattr(self, name)) != value:
                 raise UserError(
@@ -453,11 +457,28 @@ class EvaluateConfig(GenerateConfig):
             if value:
                 raise UserError(f"{name}={value} says nothing to suite={self.suite.name}; set suite=emoji_canvas")
 
+    def check_implicit(self) -> None:
+        """Raises UserError where there is nothing erased to ask for, or what the suite finds itself is given."""
+        if not self.checkpoint:
+            raise UserError("checkpoint=null: nothing to ask for; give an erased.safetensors or a run directory")
+        for name, value in {"prompts": self.prompts, "judges": self.judges}.items():
+            if value:
+                raise UserError(
+                    f"{name}={value} says nothing to suite=implicit, which makes its own prompts and asks the model's "
+                    "own judge; leave it out, or set suite=prompts"
+                )
+
     def check_attacks(self) -> None:
         """Raises UserError for what attacks cannot do without, or have no use for."""
         if not self.checkpoint:
             raise UserError("checkpoint=null: nothing to attack; give an erased.safetensors or a run directory")
-        for name, none in {"images_per_prompt": 1, "denoiser_points": 0, "base_images": None}.items():
+        unused: dict[str, Any] = {
+            "images_per_prompt": 1,
+            "denoiser_points": 0,
+            "base_images": None,
+            "interventions": [],
+        }
+        for name, none in unused.items():
             if (told := getattr(self, name)) != none:
                 raise UserError(f"{name}={told} says nothing to suite=attacks; leave it out")
         chosen, given = self.suite.attacks, self.suite.settings or {}
@@ -482,6 +503,8 @@ class EvaluateConfig(GenerateConfig):
             return Path(self.run_dir or Path("runs", f"canvas-{self.method.name}"))
         if self.suite.name == "attacks":
             return Path(self.run_dir or Path("runs", "attacks-" + slug(f"{self.prompts or ''} {self.checkpoint}")))
+        if self.suite.name == "implicit":
+            return Path(self.run_dir or Path("runs", "implicit-" + slug(str(self.checkpoint))))
         return Path(self.run_dir or Path("runs", "evaluate-" + slug(f"{self.prompts} {self.checkpoint or 'base'}")))
 
 
@@ -549,6 +572,51 @@ class LayersConfig(AnalysisSettings):
             raise UserError(
                 f"layers.window_pictures={self.window_pictures}: allowed: at most layers.pictures={self.pictures}"
             )
+
+
+@dataclass
+class AttentionConfig(AnalysisSettings):
+    """Settings of analysis=attention; see `esd.analysis.attention`."""
+
+    prompts: list[str] = option(
+        ["a cat and a rose", "a guitar and a pizza"], "what pictures are edited from; two things for a judge of scenes"
+    )
+    replaced: list[str] = option(
+        ["a dog and a rose", "a guitar and a cake"],
+        "for each of the prompts one of as many words, some of them others",
+    )
+    refined: list[str] = option(
+        ["a cat and a rose in the mosaic style", "a guitar and a pizza in the neon style"],
+        "for each of the prompts one that says more",
+    )
+    pictures: int = option(8, "of each prompt, each with its own seed", at_least=1)
+    where: str | None = option(None, "attentions whose maps are shown and edited; null is all that read the text")
+    resolution: int | None = option(8, "edge of the maps shown, in image tokens; null is the largest", at_least=1)
+    cross_replace: float = option(
+        0.8, "share of the steps, from the first, in which attention to the text is replaced", above=0, at_most=1
+    )
+    self_replace: float = option(0.4, "the same for attention of the image to itself", above=0, at_most=1)
+    threshold: float = option(0.3, "of local blend's mask, in shares of the largest attention", at_least=0, at_most=1)
+    shares: list[float] = option(
+        [0.2, 0.4, 0.6, 0.8, 1.0], "of the steps, and of the layers, that are replaced in a sweep", above=0, at_most=1
+    )
+    weights: list[float] = option([0.0, 0.5, 2.0, 4.0], "of the words that are replaced elsewhere", at_least=0)
+
+    def check(self) -> None:
+        """Raises UserError for prompts without counterpart, or of which nothing, or not word for word, differs."""
+        for name in ("replaced", "refined"):
+            if len(told := getattr(self, name)) != len(self.prompts):
+                raise UserError(
+                    f"attention.{name} has {len(told)} for {len(self.prompts)} attention.prompts; give one for each"
+                )
+        if len(set(self.prompts)) < len(self.prompts):
+            raise UserError(f"attention.prompts={self.prompts} names a prompt twice; allowed: each once")
+        for prompt, other in zip(self.prompts, self.replaced, strict=True):
+            one, two = prompt.split(), other.split()
+            if len(one) != len(two) or one == two:
+                raise UserError(
+                    f"attention.replaced: {other!r} for {prompt!r}; allowed: as many words, of which some differ"
+                )
 
 
 @dataclass
@@ -641,7 +709,7 @@ class AnalyzeConfig:
         None, "erased.safetensors or a run directory, looked at beside the base; null is the base alone"
     )
     run_dir: str | None = option(None, "where results go; null is runs/<analysis and checkpoint>")
-    num_steps: int = option(20, "sampling steps", at_least=1, at_most=1000)
+    num_steps: int = option(10, "sampling steps", at_least=1, at_most=1000)
     guidance_scale: float = option(4.0, "classifier-free guidance", at_least=0)
     batch_size: int = option(16, "most pictures in one batch", at_least=1)
     seed: int = option(0, "of the first picture; those after it count up", at_least=0, at_most=MAX_SEED)
@@ -650,6 +718,7 @@ class AnalyzeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     layers: LayersConfig = field(default_factory=LayersConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     walkthrough: WalkthroughConfig = field(default_factory=WalkthroughConfig)
     representations: RepresentationsConfig = field(default_factory=RepresentationsConfig)
     erasure: ErasureConfig = field(default_factory=ErasureConfig)
@@ -712,7 +781,8 @@ def check_ranges(config: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool) and not _keeps(number, rule):
                 words = " and ".join(f"{word} {bound:g}" for word, bound in rule.items()) or "any size"
-                mend = "" if isinstance(value, list) else f"; for example {name}={spec.default}"
+                example = "null" if spec.default is None else spec.default
+                mend = "" if isinstance(value, list) else f"; for example {name}={example}"
                 raise UserError(f"{name}={value}: allowed: a finite number, {words}{mend}")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from esd import float8, lora
+from esd.errors import UserError
 from esd.families import Family
 from esd.lora import Lora
 from esd.plan import TrainPlan
@@ -17,8 +18,14 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
     """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
 
     Raises:
-        UserError: the selection matches nothing, no latents have the size asked for, or see `point_sources`.
+        UserError: the selection matches nothing, no latents have the size asked for, blocks are to be compiled and
+            diffusers knows none in this denoiser, or see `point_sources`.
     """
+    if plan.compile and not getattr(family.denoiser, "_repeated_blocks", None):
+        raise UserError(
+            f"training.compile=true: diffusers names no blocks of {type(family.denoiser).__name__} to compile; set "
+            "training.compile=false"
+        )
     erasing, preserving = point_sources(family, plan, None, None, num_processes)
     objective, sampling = plan.objective, plan.sampling
     chosen = family.select(plan.selection)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from esd.config import GenerateConfig
+from esd.config import EvaluateConfig, GenerateConfig
+from esd.errors import UserError
 from esd.model import find_device
 from esd.run import RunDirectory, versions
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from esd.checkpoint import Erased
     from esd.evaluation.generate import Manifest, Share
     from esd.evaluation.prompts import PromptRow
+    from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
 
 TOLD_CUTS = 3
@@ -32,10 +35,19 @@ def announce(text: str, *, warning: bool = False) -> None:
 
 
 def announce_drawing(config: GenerateConfig, rows: list[PromptRow], found: Erased | None) -> None:
-    """Prints how many images will be drawn, with which model and without what."""
+    """Prints how many images will be drawn, with which model, without what and under what.
+
+    Raises:
+        UserError: an intervention cannot be read.
+    """
+    from esd.interventions.written import read
+
+    read(config.interventions)
     erased = f", and again without {', '.join(found.provenance.get('concepts', ()))}" if found else ""
     images = len(rows) * config.images_per_prompt
     announce(f"draw {images} images of {len(rows)} prompts with {config.model.path}{erased}")
+    if config.interventions:
+        announce(f"under {', '.join(config.interventions)}")
 
 
 def rows_of(config: GenerateConfig) -> list[PromptRow]:
@@ -60,6 +72,26 @@ def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def refuse_several_processes(config: EvaluateConfig) -> None:
+    """Raises UserError in a launch of several processes, for a suite whose work cannot be shared out."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"suite={config.suite.name} runs in one process; start it as python -m esd.evaluate ...")
+
+
+def most_held_gib(*, children: bool = False) -> float | None:
+    """Most of the machine's memory that this process held so far, in GiB, or that any it started and saw end did.
+
+    None where the system does not tell, or no such process was.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * unit / 2**30 or None
 
 
 def find_share(device: str) -> tuple[Share, torch.device | str]:
@@ -91,8 +123,12 @@ def plan(
     """
     from esd import checkpoint
     from esd.evaluation import generate
+    from esd.interventions.sites import describe
+    from esd.interventions.written import read
 
     family.scheduler(config.num_steps)  # tells whether it knows so many
+    for text, op in zip(config.interventions, read(config.interventions), strict=True):
+        announce(f"{text}: {describe(op.sites(family))}")
     generate.check_sizes(family, rows)
     if found:
         checkpoint.check(family.pipe, found)
@@ -111,6 +147,7 @@ def plan(
             checkpoint=weights,
             cut=cut,
             drawn_with=drawn_with,
+            interventions=config.interventions,
         )
 
     plans = {"base": images(run / "base", None)}
@@ -133,10 +170,32 @@ def draw(
 
     from esd import checkpoint
     from esd.evaluation.generate import generate
+    from esd.interventions import attach
+    from esd.interventions.written import read
 
-    kept = Path(config.base_images) if config.base_images else None
-    with family.drawing() as pipe:
+    kept, ops = Path(config.base_images) if config.base_images else None, read(config.interventions)
+    with family.drawing() as pipe, attach(family, *ops) if ops else nullcontext():
         generate(pipe, plans["base"], batch_size=config.batch_size, share=share, kept=kept)
         if found:
             with checkpoint.erased(pipe, found):
                 generate(pipe, plans["erased"], batch_size=config.batch_size, share=share)
+
+
+def look_inside(
+    config: EvaluateConfig, family: Family, found: Erased, vocabulary: Vocabulary | None
+) -> dict[str, Any] | None:
+    """`esd.evaluation.denoiser.look` as the settings ask for it; None where they ask for no points."""
+    from esd.evaluation.denoiser import look
+
+    if not config.denoiser_points:
+        return None
+    return look(
+        family,
+        found,
+        vocabulary,
+        num_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        max_points=config.denoiser_points,
+        max_batch=2 * config.batch_size,
+    )

@@ -5,19 +5,20 @@
 `suite=prompts` draws a set of prompts with the base and with the erased model from the same seeds, and has judges read
 the pictures. Leaves `base/` and `erased/` (images and manifests), `images.csv` (a row for every image and model, with
 all that was read and how sure) and `metrics.json` (rates with intervals, distances, what it took). The same command
-resumes; `accelerate launch -m esd.evaluate` shares the drawing out.
+resumes; `accelerate launch -m esd.evaluate` shares the drawing out. `suite=implicit` finds its own prompts: what was
+erased, asked for in other ways.
 """
 
 from __future__ import annotations
 
-import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
 from esd.config import EvaluateConfig
-from esd.drawing import announce, announce_drawing, draw, find_share, limited, plan, rows_of
+from esd.drawing import announce, announce_drawing, draw, find_share, limited, look_inside, most_held_gib, plan, rows_of
 from esd.errors import UserError
 from esd.judging import answers_of, check_pictures, find_named, own_judges
 from esd.main import run_program
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from esd.evaluation.generate import Manifest
     from esd.evaluation.judges import Judge, PairJudge
     from esd.evaluation.prompts import PromptRow
-    from esd.evaluation.vocabulary import Vocabulary
+    from esd.evaluation.vocabulary import Target, Vocabulary
     from esd.families import Family
 
-NEIGHBOURS = 4  # names on whose prompts the denoiser's drift is measured
+EACH_WAY = 40  # prompts of each way to ask, unless limit says otherwise
 
 
 def main() -> None:
@@ -42,21 +43,21 @@ def main() -> None:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Measures what `config` says; returns the exit code."""
-    suites = {"prompts": evaluate_prompts, "emoji_canvas": evaluate_canvas, "attacks": evaluate_attacks}
-    return suites[config.suite.name](config)
+    suites = {"emoji_canvas": evaluate_canvas, "attacks": evaluate_attacks}
+    return suites.get(config.suite.name, evaluate_prompts)(config)
 
 
 def evaluate_prompts(config: EvaluateConfig) -> int:
-    """The suite `prompts`; returns the exit code."""
+    """The suites `prompts` and `implicit`; returns the exit code."""
     run = RunDirectory(config.run_path(), config)
     from esd import checkpoint
     from esd.evaluation import table
     from esd.evaluation.vocabulary import Vocabulary
 
     check(config.model)
-    rows = limited(rows_of(config), config.limit)
     found = checkpoint.load(config.checkpoint) if config.checkpoint else None
     vocabulary = Vocabulary.load(config.model.path)
+    rows = asked(config, found, vocabulary)
     share, device = find_share(config.device)
     judges, pair_judges = find_judges(config, rows, vocabulary, device, pairs=found is not None)
     readers: list[Judge | PairJudge] = [*judges, *pair_judges]
@@ -83,6 +84,29 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
     return 0
 
 
+def asked(config: EvaluateConfig, found: Erased | None, vocabulary: Vocabulary | None) -> list[PromptRow]:
+    """The prompts that are drawn: those given, or those that ask in other ways for what was erased.
+
+    Raises:
+        UserError: see `rows_of`; or the model does not know what was erased, or has no judge.
+    """
+    if config.suite.name != "implicit":
+        return limited(rows_of(config), config.limit)
+    from esd.evaluation import implicit
+    from esd.evaluation.judges import load_judge
+
+    targets, reason = targets_of(found, vocabulary, load_judge(config.model.path)) if found else ([], None)
+    if vocabulary is None or not targets:
+        raise UserError(
+            f"suite=implicit: {reason or 'the checkpoint does not say what it erased'}; ask with suite=prompts and a "
+            "judge that knows it"
+        )
+    rows = implicit.rows(vocabulary, targets, config.limit or EACH_WAY)
+    if lacking := [way for way in implicit.WAYS if way not in {row.labels["way"] for row in rows}]:
+        announce(f"the vocabulary has no words for {', '.join(lacking)} of {', '.join(t.name for t in targets)}")
+    return rows
+
+
 def find_judges(
     config: EvaluateConfig, rows: list[PromptRow], vocabulary: Vocabulary | None, device: Any, *, pairs: bool
 ) -> tuple[list[Judge], list[PairJudge]]:
@@ -92,9 +116,11 @@ def find_judges(
         UserError: see `esd.evaluation.judges_by_name.find`; or pictures are to be compared with none, or a judge reads
             what no prompt says.
     """
+    from esd.evaluation.implicit import JUDGES
     from esd.evaluation.judges import PairJudge, PromptJudge
 
-    names = list(dict.fromkeys(config.judges or [*own_judges(config, vocabulary), *(["ssim"] if pairs else [])]))
+    own = JUDGES if config.suite.name == "implicit" else own_judges(config, vocabulary)
+    names = list(dict.fromkeys(config.judges or [*own, *(["ssim"] if pairs else [])]))
     judges: list[Judge] = []
     pair_judges: list[PairJudge] = []
     answers = answers_of(rows)
@@ -152,15 +178,25 @@ def measure(
         "rates": table.rates(rows, facts),
         "scores": table.scores(rows, facts),
         "counts": table.counts(rows, facts),
-        **(compare(found, vocabulary, plans, judges, rows, facts) if found else {}),
-        "denoiser": look_inside(config, family, found, vocabulary) if found and config.denoiser_points else None,
+        **(compare(config, found, vocabulary, plans, judges, rows, facts) if found else {}),
+        "denoiser": look_inside(config, family, found, vocabulary) if found else None,
     }
     took["seconds"]["judging"] = time.monotonic() - start
     write_json(run / "metrics.json", metrics | took | {"peak_gib": peak_gib(family)})
     tell(metrics)
 
 
+def targets_of(found: Erased, vocabulary: Vocabulary | None, judge: Judge | None) -> tuple[list[Target], str | None]:
+    """(what was erased in the model's words, None), or ([], why no rate can be had)."""
+    from esd.evaluation.erasure import known_targets
+
+    concepts = found.provenance.get("concepts", [])
+    origins = found.provenance.get("erase_from", [])[: len(concepts)]  # one for each, then again in other templates
+    return known_targets(concepts, vocabulary, judge, origins)
+
+
 def compare(
+    config: EvaluateConfig,
     found: Erased,
     vocabulary: Vocabulary | None,
     plans: dict[str, Manifest],
@@ -168,74 +204,37 @@ def compare(
     rows: list[dict[str, str]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """What went and what stayed: "erasure" or the "reason" why it cannot be told, and "distances"."""
-    from esd.evaluation import table
-    from esd.evaluation.erasure import known_targets
+    """What went and what stayed: "erasure" or the "reason" why it cannot be told, and "distances".
+
+    Where it was asked for in other ways, "erasure" is of the prompts that have a word for it, and "ways" of each way.
+    """
+    from esd.evaluation import implicit, table
     from esd.evaluation.judges import EmojiJudge
     from esd.evaluation.reading import spread
     from esd.evaluation.vocabulary import DOMAINS
 
     judge = next((judge for judge in judges if set(DOMAINS) <= set(judge.questions)), None)
-    concepts = found.provenance.get("concepts", [])
-    origins = found.provenance.get("erase_from", [])[: len(concepts)]  # one for each, then again in other templates
-    targets, reason = known_targets(concepts, vocabulary, judge, origins)
+    targets, reason = targets_of(found, vocabulary, judge)
     told: dict[str, Any] = {"erasure": None, "reason": reason, "distances": None}
+    implied = config.suite.name == "implicit"
+    if implied and vocabulary:
+        told["ways"] = implicit.rates(rows, facts, vocabulary)
+        rows = [row for row in rows if row["label.way"] in implicit.BY_NAME]
     if judge and targets:
         threshold = facts[judge.name]["threshold"] or 0.0
-        told["erasure"] = {"judge": judge.name} | table.erasure(rows, judge.name, threshold, targets)
-    if isinstance(judge, EmojiJudge):
+        known = {"judge": judge.name, "targets": [asdict(target) for target in targets]}
+        told["erasure"] = known | table.erasure(rows, judge.name, threshold, targets)
+    if isinstance(judge, EmojiJudge) and not implied:  # of which every prompt means what was erased
         features = {"features": f"{judge.name} {judge.version} {judge.hash[:12]}"}
         told["distances"] = spread(plans["base"], plans["erased"], judge.features, targets) | features
     return told
-
-
-def look_inside(
-    config: EvaluateConfig, family: Family, found: Erased, vocabulary: Vocabulary | None
-) -> dict[str, Any] | None:
-    """Residual on what was erased and drift on its neighbours, against t; None for a checkpoint that names nothing.
-
-    Prompts are "a cat" for each concept, and the nearest names of the vocabulary in the same words;
-    without a vocabulary there are no neighbours.
-    """
-    from esd.evaluation.denoiser import sensitivity
-    from esd.evaluation.prompts import say
-
-    concepts = list(found.provenance.get("concepts") or [])
-    known = [entry for concept in concepts if vocabulary and (entry := vocabulary.find(concept))]
-    near: list[str] = []
-    if vocabulary and known:
-        (domain, first), gone = known[0], {entry.name for _, entry in known}
-        near = [name for name in vocabulary.neighbours(domain, first.name) if name not in gone][:NEIGHBOURS]
-    asked = {"erased": concepts, "neighbours": near}
-    told = {}
-    for group, names in asked.items():
-        if prompts := [say("a {}", {"": name}) for name in names]:
-            points = sensitivity(
-                family,
-                found,
-                prompts,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                seed=config.seed,
-                max_points=config.denoiser_points,
-                max_batch=2 * config.batch_size,
-            )
-            told[group] = {"prompts": prompts, "points": points}
-    return told or None
 
 
 def peak_gib(family: Family) -> dict[str, float]:
     """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one draws."""
     import torch
 
-    told = {}
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        told["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    except ImportError:  # Windows
-        pass
+    told: dict[str, float] = {"process": held} if (held := most_held_gib()) else {}
     if family.device.type == "cuda":
         told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
     return told
@@ -256,7 +255,7 @@ def tell(metrics: dict[str, Any]) -> None:
                 if rate["n"]:
                     what = "as asked" if rate["of"] == "label" else rate["of"]
                     print(f"{model:<14} {question} {rate['rate']:.1%} {what}  {span(rate)}  {judge}")
-    for name, rate in (metrics.get("erasure") or {}).items():
+    for name, rate in [*(metrics.get("erasure") or {}).items(), *metrics.get("ways", {}).items()]:
         if isinstance(rate, dict) and rate["n"]:
             print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate)}")
     if metrics.get("reason"):

@@ -42,6 +42,7 @@ def report(paths: list[Path], out: Path) -> None:
         UserError: a path holds no finished run, or something cannot be written; then nothing is.
     """
     from esd.evaluation import runs, sweep
+    from esd.evaluation.foretold import foretold_by_kind
     from esd.evaluation.report import render
     from esd.storage import atomic
 
@@ -57,6 +58,13 @@ def report(paths: list[Path], out: Path) -> None:
             sweep.write_table(one.path / "sweep.csv", tried)
             best, why = sweep.recommend(tried)
             print(f"{one.path}: {tried[best].label or 'its only setting'} {why}")
+    for kind, correlations in foretold_by_kind(runs.erased_in_turn(single)):
+        for told in correlations:
+            low, high = told.interval
+            print(
+                f"{kind}: {told.inside} with {told.score}: Spearman {told.spearman:+.2f} ({low:+.2f} to {high:+.2f}), "
+                f"Pearson {told.pearson:+.2f}, n={told.n}"
+            )
     with atomic(out) as staged:
         staged.write_text(html, encoding="utf-8")
     warn(single, sweeps)

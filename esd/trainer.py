@@ -101,15 +101,10 @@ def student_views(family: Family, plan: TrainPlan, accelerator: Any) -> Iterator
     CPU, on any exit.
 
     Raises:
-        UserError: blocks are to be compiled, and diffusers knows none in this denoiser.
+        UserError: see `esd.weights.WeightViews` and `esd.lora.LoraViews`.
     """
     denoiser: Any = family.denoiser
     names = family.select(plan.selection).names
-    if plan.compile and not getattr(denoiser, "_repeated_blocks", None):
-        raise UserError(
-            f"training.compile=true: diffusers names no blocks of {type(denoiser).__name__} to compile; set "
-            "training.compile=false"
-        )
     with float8.stored(denoiser) if plan.frozen else nullcontext():  # before it takes any of the device
         family.place("denoiser")
         views = make_views(denoiser, names, plan)

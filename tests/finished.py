@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def evaluation(
 def measure(folder: Path, weights: Path | None, concept: str, judges: Mapping[str, Any]) -> None:
     """Writes metrics.json from images.csv."""
     rows = table.read_table(folder / "images.csv")
-    erasure = table.erasure(rows, "colours", 0.5, [Target("thing", "cat")]) if weights else None
+    targets = [Target("thing", "cat")]
+    found = {"judge": "colours", "targets": [asdict(target) for target in targets]}
+    erasure = found | table.erasure(rows, "colours", 0.5, targets) if weights else None
     told = {
         "suite": "prompts",
         "base": {"name": "tiny", "revision": None, "fingerprint": "cd" * 32},
@@ -219,6 +222,7 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
                 "tried": {"updates": 10 * i} if i else {},
                 "gradients": 4 * i,
                 "queries": 20 * (i + 1),
+                "cost": 20 * (i + 1) + 8 * i,
                 "best": {"k": k, "n": n},
                 "alone": {"k": k, "n": n},
             }
@@ -230,7 +234,8 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
     rows = [
         {"case_number": i, "prompt": f"a cat in the {STYLES[i // 2 % 2]} style", "evaluation_seed": i} for i in range(n)
     ]
-    config(folder, {"judges": [], "suite": {"name": "attacks"}}, "python -m esd.evaluate suite=attacks")
+    asked = {"judges": [], "suite": {"name": "attacks", "attacks": ["soft_prompt", "noise"]}}
+    config(folder, asked, "python -m esd.evaluate suite=attacks")
     for run in curves:
         (folder / "soft_prompt" / run).mkdir(parents=True)
         for row in rows:
@@ -247,7 +252,7 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
             "soft_prompt": {
                 "settings": {},
                 "reads": "best",
-                "curves": {run: {"stopped": None, "points": points(counts)} for run, counts in curves.items()},
+                "curves": {run: {"stopped": "queries=60", "points": points(counts)} for run, counts in curves.items()},
             }
         },
     }

@@ -1,5 +1,7 @@
 """Runs a program of esd inside the test's process as its command line would: torch takes seconds to load."""
 
+import json
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -54,6 +56,21 @@ class Command:
         """Every file and folder there is now, but the models."""
         found = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
         return {name for name in found if not name.startswith(("base", "other"))}
+
+
+def known_model(folder: Path) -> Path:
+    """A tiny model that knows the bundled model's words and draws pictures of its judge's size; the judge beside it.
+
+    Args:
+        folder: of a `Command`, in which the model is made.
+    """
+    bundled, model = Path(__file__).parents[1] / "checkpoints", folder / "base-known"
+    shutil.copytree(folder / "base", model)
+    config = json.loads((model / "unet/config.json").read_text())
+    (model / "unet/config.json").write_text(json.dumps(config | {"sample_size": 32}))
+    shutil.copy(bundled / "emoji-sd/vocabulary.json", model)
+    (folder / "emoji-judge").symlink_to(bundled / "emoji-judge")
+    return model
 
 
 def models(folder: Path) -> Path:

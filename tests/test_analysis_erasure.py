@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esd import checkpoint
 from esd.analysis import Results, Subject, erasure
-from esd.analysis.erasure import leak, locate, mechanism, restore
+from esd.analysis.erasure import gaze, leak, locate, mechanism, restore
 from esd.config import ErasureConfig
 from esd.errors import UserError
 from esd.families import Family
@@ -166,7 +166,16 @@ def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name
     settings = vars(ErasureConfig(["a cat"], ["a dog"], pictures=2, windows=2, inputs=8))
     erasure.analyse(subject, Results(tmp_path / "out"), **settings)
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"where.png", "weights.png", "layers.png", "steps.png", "parts.png", "leak.png", "pictures.png"} <= written
+    assert {
+        "attention.png",
+        "where.png",
+        "weights.png",
+        "layers.png",
+        "steps.png",
+        "parts.png",
+        "leak.png",
+        "pictures.png",
+    } <= written
     rows = {file: list(csv.DictReader((tmp_path / "out" / file).open())) for file in written if file.endswith(".csv")}
     assert {row["layer"] for row in rows["parts.csv"]} == {blocks_label(family, LAST[name])}
     assert {row["source"] for row in rows["probes.csv"]} == {"name", "image"}
@@ -174,6 +183,21 @@ def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "kept").iterdir()}
     erasure.analyse(subject, Results(tmp_path / "out"), **settings)
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "kept").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux-dev", "sd3.5"])
+def test_attention_to_the_text_is_all_there_and_changes_with_its_keys(name: str, tmp_path: Path) -> None:
+    place = {"sd1": "up_blocks.1.attentions.1.transformer_blocks.0.attn2"}.get(name, "transformer_blocks.0.attn")
+    family, found = changed(name, f"{place}.to_k", tmp_path, size=3.0)
+    how = {"num_steps": 2, "guidance_scale": GUIDANCE[name]}
+    with checkpoint.erased(family.pipe, found):
+        seen = gaze.gaze(family, checkpoint.base_view(family.pipe), PROMPTS, SEEDS, **how)
+        same = gaze.gaze(family, family.denoiser, PROMPTS, SEEDS, **how)
+    assert torch.equal(same.base, same.erased) and not torch.allclose(seen.base, seen.erased, atol=1e-5)
+    rows = gaze.masses(family, seen, "cat")
+    assert [row["tokens"] for row in rows] == [*gaze.GROUPS] * 2
+    if name == "sd1":
+        assert all(sum(row["base"] for row in rows[i : i + 3]) == pytest.approx(1, abs=1e-4) for i in (0, 3))
 
 
 def blocks_label(family: Family, path: str) -> str:

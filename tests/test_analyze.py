@@ -14,7 +14,11 @@ from tests.families import shared
 from tests.programs import Command
 from tests.test_generate import erased_weights
 
-FAST = ("model.path=base", "num_steps=2", "device=cpu", "run_dir=out", "layers.prompts=[a cat]", "layers.pictures=1")
+LAYERS = (
+    "layers.prompts=[a cat]", "layers.other_things=[a dog]", "layers.other_styles=[a cat in mosaic style]",
+    "layers.pictures=1", "layers.lengths=[1]", "layers.weights=[2]",
+)  # fmt: skip
+FAST = ("model.path=base", "num_steps=1", "device=cpu", "run_dir=out", *LAYERS)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -27,8 +31,11 @@ def test_figures_tables_and_captions_are_left_of_base_and_erased(command: Comman
     ended = command("analyze", *FAST, "checkpoint=weights")
     assert ended.code == 0, ended.err
     assert "without cat" in ended.out and "results are in" in ended.out.splitlines()[-1]
+    assert "To erase a thing, try selection='esd_x & " in ended.out
     table = rows(command.folder / "out/vitality.csv")
-    assert {"layer", "base", "erased"} <= set(table[0])
+    assert {row["version"] for row in table} == {"base", "erased"}
+    apart = {v: [row["moved"] for row in table if row["version"] == v] for v in ("base", "erased")}
+    assert apart["base"] != apart["erased"], "the erased weights were on"
     captions = (command.folder / "out/captions.md").read_text()
     pictures = {name.removeprefix("out/") for name in command.files() if name.endswith(".png")}
     assert pictures and all(f"]({name})" in captions for name in pictures)
@@ -39,7 +46,7 @@ def test_the_same_command_computes_nothing_anew_and_other_settings_are_refused(c
     assert command("analyze", *FAST).code == 0
     kept = {path: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
     tables = {path: path.read_bytes() for path in (command.folder / "out").glob("*.csv")}
-    assert kept and command("analyze", *FAST, "batch_size=2").code == 0
+    assert kept and command("analyze", *FAST, "batch_size=2", "device=auto").code == 0
     assert kept == {path: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
     assert tables == {path: path.read_bytes() for path in (command.folder / "out").glob("*.csv")}
     ended = command("analyze", *FAST, "layers.pictures=2")
@@ -69,6 +76,9 @@ def test_a_plan_computes_nothing(command: Command) -> None:
         (["analysis=layer"], "analysis=layer: allowed: "),
         (["analysis.name=layer"], "analysis.name=layer: allowed: "),
         (["layers.prompts=[]"], "layers.prompts=[] leaves nothing to look at; allowed: such as layers.prompts="),
+        (["layers.other_things=[a dog, a rose]"], "layers.other_things has 2 for 1 layers.prompts; give one for each"),
+        (["layers.window_pictures=2"], "layers.window_pictures=2: allowed: at most layers.pictures=1"),
+        (["layers.lengths=[0]"], "layers.lengths=[0]: allowed: a finite number, at least 1"),
         (["layers.picture=1"], "unknown setting 'layers.picture'; nearest: layers.pictures"),
         (["checkpoint=nowhere"], "there is no file"),
         (["num_steps=0"], "num_steps=0"),

@@ -14,10 +14,11 @@ from PIL import Image
 from esd import checkpoint
 from esd.errors import UserError
 from esd.evaluation.attacks import Budget, Completion, NoiseProbe
-from esd.evaluation.attacks.figure import BASE, ERASED, WORDS, draw_recovery
+from esd.evaluation.attacks.figure import BASE, ERASED, draw_recovery
 from esd.evaluation.attacks.suite import attack_checkpoint, columns
 from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.prompts import PromptRow
+from esd.evaluation.recovered import RUNS
 from esd.families import family_of
 from tests import tiny
 
@@ -75,8 +76,8 @@ def test_results_say_where_they_come_from_and_pictures_stand_beside_them(
     assert [row["evaluation_seed"] for row in metrics["rows"]] == [11, 12]
     assert metrics["attacks"]["noise"]["settings"] == {"etas": [1.85], "scales": [1.0]}
     for name, told in metrics["attacks"].items():
-        assert set(told["curves"]) == set(WORDS)
-        for one in WORDS:
+        assert set(told["curves"]) == set(RUNS)
+        for one in RUNS:
             assert sorted(path.name for path in (tmp_path / name / one).iterdir()) == ["3.png", "7.png"]
         assert Image.open(tmp_path / f"{name}.png").width > 200
     lines = capsys.readouterr().out.splitlines()
@@ -116,6 +117,8 @@ def test_an_attack_that_does_not_fit_is_refused_before_any_is_run(family: Any, e
     for attacks in ([ATTACKS[0], Completion(interrupts=(9,))], [], [ATTACKS[0], ATTACKS[0]]):
         with pytest.raises(UserError, match="allowed"):
             run(family, erased, tmp_path, attacks)
+    with pytest.raises(UserError, match="queries=11 ends before the first 2 pictures are drawn, which takes 12"):
+        run(family, erased, tmp_path, budget=Budget(queries=11))  # PNDM makes 3 steps of 2, each with guidance
     assert not list(tmp_path.iterdir())
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(UserError, match="no result of attacks"):

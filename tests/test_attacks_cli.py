@@ -41,6 +41,11 @@ def test_curves_a_figure_and_pictures_are_left_and_the_same_command_attacks_noth
     assert "completion: erased" in ended.out and "results are in out" in ended.out
     again = command("evaluate", *asked, "suite.budget.queries=500")
     assert again.code == 0 and again.out.count("done already") == 2
+    before = (command.folder / "out/config.yaml").read_bytes()
+    (judge,) = [one.partition("=")[2].strip("[']").replace(":", r"\:") for one in asked if one.startswith("judges")]
+    other = command("evaluate", *asked, "suite.budget.queries=500", f"thresholds={{{judge}: 0.6}}")
+    assert other.code == 2 and "holds attacks with another scorer" in other.err
+    assert (command.folder / "out/config.yaml").read_bytes() == before, "what is refused leaves all as it was"
     other = command("evaluate", *asked, "suite.budget.queries=400")
     assert other.code == 2 and "suite.budget.queries=500 there, 400 here" in other.err
 
@@ -98,8 +103,12 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 def test_what_does_not_fit_the_model_is_told_before_anything_is_written(
     command: Command, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = command("evaluate", *asked[:-1], "run_dir=out", "suite.settings.completion.interrupts=[9]")
-    assert ended.code == 2 and "num_steps=2 makes 3 steps" in ended.err and not (command.folder / "out").exists()
+    for setting, told in (
+        ("suite.settings.completion.interrupts=[9]", "num_steps=2 makes 3 steps"),
+        ("suite.budget.queries=5", "ends before the first 2 pictures"),
+    ):
+        ended = command("evaluate", *asked[:-1], "run_dir=out", setting)
+        assert ended.code == 2 and told in ended.err and not (command.folder / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     ended = command("evaluate", *asked)
     assert ended.code == 2 and "one process" in ended.err

@@ -8,12 +8,15 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from esd.canvas import quoted
+from esd.config import conf_dir
 from esd.evaluation.canvas import counted, grid, mean, order, scores
+from esd.evaluation.foretold import inside
 from esd.evaluation.retention import Retained, area, curve
 from esd.evaluation.vocabulary import Target
-from tests.programs import Command
+from tests.programs import Command, known_model
 
 THINGS, STYLES = ["cat", "dog", "rose"], ["flat", "neon"]
 MODEL = Path(__file__).parents[1] / "checkpoints" / "emoji-sd"
@@ -134,7 +137,7 @@ CANVAS = ("suite=emoji_canvas", f"model.path={MODEL}")
     ("settings", "told"),
     [
         ((*CANVAS,), "needs a method to erase by, such as method=esd_u"),
-        ((*CANVAS, "method=esd_y"), "method=esd_y: allowed: esd_all, esd_u, esd_x, esd_x_strict"),
+        ((*CANVAS, "method=esd_y"), "method=esd_y: allowed: esd_all, esd_u, esd_x, esd_x_strict, lora"),
         ((*CANVAS, "method=esd_u", "suite.things=[cat,unicorn]"), "'unicorn' is not known to the model"),
         ((*CANVAS, "method=esd_u", "suite.styles=[flat,flat]"), "'flat' stands there twice"),
         ((*CANVAS, "method=esd_u", "suite.styles=[flat]"), "allowed: two or more"),
@@ -152,6 +155,46 @@ def test_a_canvas_that_cannot_be_is_refused_before_anything_is_loaded(
     ended = command("evaluate", *settings)
     assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
     assert not [name for name in command.files() if name.startswith("runs")]
+
+
+SMALL = ["training.updates=1", "training.batch_size=1", "trajectory.num_steps=2", "trajectory.rollouts=1"]
+
+
+@pytest.fixture
+def known(command: Command) -> tuple[str, ...]:
+    """A canvas of two things in two styles on a tiny model that draws pictures of the judge's size, as arguments."""
+    grid = ("suite.things=[cat,dog]", "suite.styles=[flat,neon]", "images_per_prompt=1", "num_steps=2")
+    return (
+        "suite=emoji_canvas",
+        f"model.path={known_model(command.folder)}",
+        *grid,
+        "device=cpu",
+        "run_dir=canvas",
+        "base_images=null",
+    )
+
+
+def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_it_was(
+    command: Command, known: tuple[str, ...]
+) -> None:
+    odd = command("evaluate", *known, "method=lora", "method.training=['training.lr=-1']")
+    assert odd.code == 2 and not (command.folder / "canvas").exists(), "told before anything is drawn"
+    settings = OmegaConf.load(conf_dir() / "method/lora.yaml").training
+    training = f"method.training=[{','.join(map(quoted, [*settings, *SMALL]))}]"
+    ended = command("evaluate", *known, "method=lora", training, "limit=1", "denoiser_points=2")
+    assert ended.code == 0, ended.err
+    (erasure,) = json.loads((command.folder / "canvas/metrics.json").read_text())["erasures"]
+    assert [erasure[name]["n"] for name in ("UA", "IRA", "CRA")] == [2, 2, 4]
+    assert (command.folder / "canvas/thing-cat/training/lora.safetensors").is_file()
+    assert len(erasure["denoiser"]["erased"]["points"]) == 2
+    (line,) = csv.DictReader((command.folder / "canvas/canvas.csv").open())
+    assert float(line["residual"]) == inside(erasure["denoiser"])["residual"] and float(line["drift"]) >= 0
+    before = (command.folder / "canvas/config.yaml").read_bytes()
+    manifest = command.folder / "canvas/base/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    again = command("evaluate", *known, "method=lora", training, "limit=1", "denoiser_points=3")
+    assert again.code == 2 and "holds other images" in again.err
+    assert (command.folder / "canvas/config.yaml").read_bytes() == before
 
 
 @pytest.mark.slow(reason="a whole erasure of the bundled model, and eight hundred pictures")

@@ -21,6 +21,7 @@ OWN = {"evaluate": {"suite", "method"}, "analyze": {"analysis"}}  # groups that 
 NEEDED = {
     "suite=emoji_canvas": ["method=esd_u"],
     "suite=prompts": ["prompts=[a cat]"],
+    "suite=implicit": ["checkpoint=runs/cat"],
     "suite=attacks": ["checkpoint=runs/cat"],
     "suite=attacks_published": ["checkpoint=runs/cat"],
 }

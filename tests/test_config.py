@@ -66,6 +66,7 @@ def config(**settings: object) -> TrainConfig:
         ({"evaluation__num_steps": 0}, "evaluation.num_steps=0"),
         ({"seed": -1}, "seed=-1"),
         ({"device": "gpu"}, "device=gpu"),
+        ({"device_memory": 0.0}, "for example device_memory=null"),
         ({"tracker__name": "excel"}, "none, wandb, tensorboard"),
     ],
 )

@@ -113,6 +113,27 @@ def test_the_stock_pipeline_with_erased_weights_draws_what_our_sampler_draws(tra
     torch.testing.assert_close(ours(family, PROMPTS, GUIDANCE[name], 4, 16, 16), base)
 
 
+@every
+def test_an_attribute_is_pushed_off_the_concept_it_is_erased_from(name: str) -> None:
+    """Points lie on the path of that concept, whose prediction the student starts from and is pushed off."""
+    family, eta = shared(name), 2.0
+    sampling = dataclasses.replace(SAMPLING, guidance_scale=GUIDANCE[name])
+    alone = dataclasses.replace(LONG, prompts=("a cat",), sampling=sampling, objective=Objective(eta=eta))
+    plan = dataclasses.replace(
+        alone, prompts=("mosaic style",), erase_from=("a cat",), objective=Objective(anchor="erase_from", eta=eta)
+    )
+    erasing, other = (trainer.point_sources(family, p, None, family.denoiser, 1)[0] for p in (plan, alone))
+    points = erasing.points(0, range(6))
+    assert torch.equal(points.x, other.points(0, range(6)).x)
+    with torch.no_grad():
+        loss = trainer.loss_terms(family, plan.objective, family.denoiser, points, erasing, None, None)[0]
+        concept, null = (
+            family.predict(family.denoiser, points.x, points.t, cond[[0] * 6])
+            for cond in (family.encode(["mosaic style"]), family.null())
+        )
+    torch.testing.assert_close(loss, eta**2 * (concept - null).square().mean(), atol=0, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3.5", "flux-dev", "klein"])
 def test_a_bfloat16_base_trains(name: str, tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -311,10 +332,11 @@ def test_a_missing_text_encoder_is_named(name: str, encoder: str) -> None:
         family_of(pipe)
 
 
-def test_sd3_does_without_t5_as_its_pipeline_does() -> None:
+def test_sd3_does_without_t5_as_its_pipeline_does(tmp_path: Path) -> None:
     pipe = tiny.every("sd3")
     pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
-    family = family_of(pipe)
+    pipe.save_pretrained(tmp_path)
+    family = family_of(load_pipeline(tmp_path))
     family.max_tokens = tiny.TOKENS  # type: ignore[attr-defined]
     expected = stock(family, PROMPTS, 3.0, 2, height=16, width=16)
     torch.testing.assert_close(ours(family, PROMPTS, 3.0, 2, 16, 16), expected, atol=1e-4, rtol=1e-4)

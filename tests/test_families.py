@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,13 @@ def test_scheduler_mistakes_name_the_value(tiny_family: Family, name: str | None
         tiny_family.scheduler(steps, name)
 
 
+def test_fewer_steps_than_a_scheduler_starts_with_are_refused() -> None:
+    family = family_of(tiny.every("sdxl"))
+    assert len(family.scheduler(4, "pndm").timesteps) > 4
+    with pytest.raises(UserError, match="num_steps is 3: PNDMScheduler needs more"):
+        family.scheduler(3, "pndm")
+
+
 def test_alpha_and_sigma_are_the_schedulers(any_family: Family) -> None:
     table = any_family.pipe.scheduler.alphas_cumprod
     t = torch.tensor([0, 1, 500, 999])
@@ -185,6 +193,8 @@ def test_a_base_from_the_hub_is_known_by_its_name_and_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     family = family_of(load_pipeline("tiny/sd"))
     assert (family.base_name, family.base_revision) == ("tiny/sd", commit)
+    with pytest.raises(UserError, match=r"'tiny/other'.*`hf auth login`, without a network set model\.path"):
+        load_pipeline("tiny/other")
 
 
 def test_a_base_made_in_memory_is_known_by_its_class(tiny_family: Family) -> None:
@@ -200,7 +210,7 @@ def test_a_base_that_is_not_there_is_refused_without_network(tmp_path: Path, mon
     check_model("CompVis/stable-diffusion-v1-4")
 
 
-def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_index\.json"):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
@@ -209,9 +219,24 @@ def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path, tiny_model_d
     (tmp_path / "model_index.json").write_text("{not json")
     with pytest.raises(UserError, match="could not be loaded"):
         load_pipeline(tmp_path)
-    (tmp_path / "model_index.json").write_text((tiny_model_dir / "model_index.json").read_text())
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "unet", "vae", "scheduler"])
+def test_a_directory_without_a_part_of_the_pipeline_is_refused_by_its_name(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", loads)
+    shutil.copytree(tiny_model_dir, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / part)
+    shutil.copytree(tiny_model_dir, tmp_path / "null")
+    index = json.loads((tmp_path / "null/model_index.json").read_text())
+    (tmp_path / "null/model_index.json").write_text(json.dumps(index | {part: [None, None]}))
+    for folder in ("lost", "null"):
+        with pytest.raises(UserError, match=f"{folder}', a StableDiffusionPipeline without its {part};"):
+            load_pipeline(tmp_path / folder)
 
 
 def test_unsupported_models_are_refused() -> None:

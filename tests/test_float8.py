@@ -19,9 +19,10 @@ import esd
 from esd import checkpoint, float8, trainer
 from esd.description import describe
 from esd.errors import UserError
-from esd.families import family_of
+from esd.families import family_of, load_pipeline
 from esd.lora import Lora, LoraViews
 from esd.plan import TrainPlan
+from esd.trajectory import predict_many, rollout
 from tests import published, tiny
 from tests.plans import PLAN
 from tests.programs import Command
@@ -144,6 +145,28 @@ def test_most_of_a_transformer_is_stored_and_nothing_that_reads_the_time(name: s
     assert share > (0.2 if name in ("SD 1.4", "SD 2.1") else 0.6)  # those convolve more than they multiply
     kept = [f"{name}.weight" for name in told[:3]]
     assert [names[layer] for layer in float8.linears(real, but=kept)] == told[3:]
+
+
+def test_predictions_of_the_bundled_model_are_off_by_what_docs_memory_says() -> None:
+    """Relative L2 errors on the paths of four pictures: of predictions, and of what a concept changes in them."""
+    family = family_of(load_pipeline(Path(__file__).parents[1] / "checkpoints/emoji-sd"))
+    cond = family.encode(["a cat", "a dog in the mosaic style", "a guitar in the neon style", "a pizza"])
+    noise = family.initial_noise([torch.Generator().manual_seed(seed) for seed in range(4)])
+    null = family.null()
+    path = rollout(family, family.denoiser, noise, cond, null, num_steps=10, guidance_scale=4.0)
+    with float8.stored(family.denoiser), torch.no_grad():
+        got = [
+            predict_many(family, family.denoiser, x, t, [null[[0] * 4], cond])
+            for x, t in zip(path.inputs, path.t, strict=True)
+        ]
+    null_got, cond_got = (torch.stack(predictions) for predictions in zip(*got, strict=True))
+
+    def error(narrow: Tensor, whole: Tensor) -> float:
+        return float((narrow - whole).norm() / whole.norm())
+
+    assert path.cond is not None and path.null is not None
+    assert error(cond_got, path.cond) == pytest.approx(0.012, rel=0.2)
+    assert error(cond_got - null_got, path.cond - path.null) == pytest.approx(0.057, rel=0.2)
 
 
 def train(family: Any, folder: Path, plan: TrainPlan = THIN) -> dict[str, Any]:

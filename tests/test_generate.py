@@ -304,6 +304,39 @@ def test_two_processes_draw_what_one_would_into_one_folder(command: Command) -> 
         assert Manifest.load(folders[0]).images == Manifest.load(folders[1]).images
 
 
+def test_interventions_change_base_and_erased_and_are_remembered(command: Command) -> None:
+    erased_weights(command.folder / "erased.safetensors")
+    drawn = ("prompts=[a cat]", "model.path=base", "num_steps=2", "checkpoint=erased.safetensors", "device=cpu")
+    under = 'interventions=["Skip(up.cross, steps=(0, 1))", "Scale(mid.ff, activation=0.5, on=cond)"]'
+    plain, changed = command("generate", *drawn, "run_dir=plain"), command("generate", *drawn, under, "run_dir=changed")
+    assert plain.code == changed.code == 0, changed.err
+    assert "under Skip(up.cross, steps=(0, 1)), Scale" in changed.out and "2 sites: up.1" in changed.out
+    for model in ("base", "erased"):
+        one, other = (
+            pictures(command.folder / run / model, [PromptRow(0, "a cat", 0)]) for run in ("plain", "changed")
+        )
+        assert not np.array_equal(one[0], other[0])
+    again = command("generate", *drawn, "run_dir=changed")
+    assert again.code == 2 and "interventions" in again.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Skip", "allowed: Skip, Scale"),
+        ("Patch(mid)", "allowed: Skip, Scale"),
+        ("Skip(mid, step=(0, 1))", "sets 'step'; allowed: steps, on, rows"),
+        ("Skip(mid, steps=import os)", "is no value"),
+        ("Skip(mid, steps=(3, 1))", "allowed: numbers such as"),
+        ("Skip(nowhere)", "matched nothing"),
+        ("Scale(mid)", "changes nothing"),
+    ],
+)
+def test_an_intervention_that_cannot_be_read_is_refused(command: Command, text: str, message: str) -> None:
+    told = command("generate", "prompts=[a cat]", "model.path=base", "num_steps=2", f'interventions=["{text}"]')
+    assert told.code == 2 and message in told.err, told.err
+
+
 def test_a_plan_draws_nothing(command: Command) -> None:
     ended = command("generate", "prompts=[a cat]", "plan_only=true", *FAST)
     assert ended.code == 0 and command.files() == set()

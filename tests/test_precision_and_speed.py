@@ -123,10 +123,11 @@ def test_channels_last_learns_the_same_and_is_refused_where_it_does_nothing(comm
     assert train(command, "training.channels_last=true").code == 0
 
 
-def test_a_model_whose_blocks_diffusers_does_not_name_is_not_compiled(tmp_path: Path) -> None:
-    plan = dataclasses.replace(PLAN, selection="esd_x", compile=True)
-    with pytest.raises(UserError, match="names no blocks of SD3Transformer2DModel"):
-        run(tmp_path, plan, None, tiny.every("sd3"))
+def test_a_model_whose_blocks_diffusers_does_not_name_is_not_compiled(command: Command) -> None:
+    tiny.every("sd3").save_pretrained(command.folder / "base-3")
+    ended = train(command, "training.compile=true", "model.path=base-3", "trajectory.size=16")
+    assert ended.code == 2 and "names no blocks of SD3Transformer2DModel" in ended.err, ended.err
+    assert not command.files()
 
 
 @pytest.mark.slow(reason="torch.compile takes up to a minute for each of these")

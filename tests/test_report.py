@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from esd.evaluation.report import is_report
+from esd.evaluation.table import read_table, write_table
 from tests import finished
 from tests.programs import FAST, Command
+from tests.test_judges_by_name import tiny_resnet  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "input", "br", "link"}
@@ -77,12 +79,18 @@ def check(made: Page) -> Page:
     return made
 
 
-def test_what_the_programs_leave_becomes_one_file(command: Command) -> None:
+def test_what_the_programs_leave_becomes_one_file(command: Command, tiny_resnet: Path) -> None:  # noqa: F811
     trained = command("train", "concepts=[cat]", "run_dir=cat", *FAST)
     assert trained.code == 0, trained.err
     drawn = ("model.path=base", "num_steps=2", "device=cpu", "denoiser_points=2", "judges=[ssim]", "base_images=null")
     evaluated = command("evaluate", "checkpoint=cat", "prompts=[a cat, a dog, a rose]", "run_dir=eval", *drawn)
     assert evaluated.code == 0, evaluated.err
+    attack = ("suite=attacks", "suite.attacks=[completion]", "suite.settings.completion.interrupts=[1]")
+    read = ("prompts=[a cat, a cat on a mat]", f"judges=['nsfw:{tiny_resnet}']", "run_dir=attacks")
+    attacked = command("evaluate", "checkpoint=cat", *drawn[:3], *attack, *read)
+    assert attacked.code == 0, attacked.err
+    beside = page(command, "eval", "attacks")
+    assert "Completion, each try alone" in beside.words and len(beside.all("img")) == 2 * 3 + 2 + 3 + 3
     made = page(command, "cat", "eval")
     assert "“cat”: no judge has read these pictures" in made.words
     assert "No rates: the model ships no vocabulary.json" in made.words
@@ -142,12 +150,30 @@ def test_pictures_stand_side_by_side_those_that_still_show_it_first(command: Com
     assert len(pictures) == 24 and made.words.count("still there") == 1
     assert "Asked for what was erased 6 of 6" in made.words and "Asked for anything else 6 of 6" in made.words
     assert "colours, thing 100% 58%" in made.words and "FID of 6 pairs" in made.words
+    finished.evaluation(runs / "alone", None)
+    made = page(command, "alone")
+    assert "No rates: only the base was measured." in made.words and len(made.all("img")) == 12
+    assert "colours, thing 100% (76% to 100%, n=12)" in made.words
+
+
+@pytest.mark.parametrize("concept", ["kitty", "a cat"])
+def test_what_was_erased_is_found_whatever_it_is_called(command: Command, concept: str) -> None:
+    folder = finished.evaluation(command.folder / "eval", command.folder / "w.safetensors", concept=concept)
+    if concept == "a cat":  # of a model without a vocabulary, whose judge has two names for one thing
+        rows = [row | {"colours.thing": f"{row['colours.thing']}, tabby"} for row in read_table(folder / "images.csv")]
+        write_table(folder / "images.csv", rows)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"erasure": None}))
+    made = page(command, "eval")
+    assert made.words.count("still there") == 1 and "Asked for what was erased 6 of 6" in made.words
 
 
 def test_attacks_stand_beside_base_and_erased_and_are_read_with_their_control(command: Command, runs: Path) -> None:
     made = page(command, "cat", "eval", "attacks")
     assert "“cat” is gone, and the rest stayed. An attack brings it back." in made.words, "two runs of one erasure"
     assert "Soft prompt draws it for 11 of 12 prompts; without it 0 show it, and 0 by chance" in made.words
+    assert "It was stopped at queries=60." in made.words
+    assert "attacks: noise: not done; the same command goes on" in made.words
     first = [one["alt"].split(":")[0] for one in made.all("img") if "a cat in the neon style, seed 0" in one["alt"]]
     assert first[-5:] == ["base", "erased", "attacked", "by chance", "base, attacked"]
     assert "base, by chance" in made.words and len(made.all("polygon")) == 2
@@ -167,6 +193,27 @@ def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Co
     assert re.search(r"cat 100% → 0% 0% to 66%, n=2 100% → 50%", made.words)
     assert "What other things lost: over-erasure 0.500" in made.words and made.source.count("faint-dot") == 2
     assert [one["alt"].partition(":")[0] for one in made.all("img")] == ["base", "cat erased"]
+
+
+def test_what_the_denoiser_foretells_is_told_over_all_erasures(command: Command) -> None:
+    for name, base in (("one", 0.1), ("two", 0.5)):
+        folder = finished.grid(command.folder / name)
+        told = json.loads((folder / "metrics.json").read_text())
+        (cat,) = told["erasures"]
+        measured = [(cat | {"name": "cat"}, 0.0), (cat | {"name": "kitten"}, 0.2)]
+        told["erasures"] = [
+            one | {"denoiser": {"erased": {"points": [{"residual": base + i}]}}, "UA": one["UA"] | {"of_base": i}}
+            for one, i in measured
+        ]
+        (folder / "metrics.json").write_text(json.dumps(told))
+    assert "foretells" not in page(command, "one").words, "two erasures tell nothing"
+    ended = command("report", "one", "two")
+    assert "things erased: residual with UA: Spearman +0.45 (" in ended.out and ended.out.count("n=4") == 1
+    made = check(Page(command.folder / "report.html"))
+    assert "What the denoiser foretells" in made.words and re.search(r"residual UA \+0\.45", made.words)
+    told["erasures"][0]["denoiser"]["erased"] = 3
+    (command.folder / "two/metrics.json").write_text(json.dumps(told))
+    assert "is damaged" in command("report", "two").err
 
 
 def test_pictures_that_a_judge_calls_unsafe_are_veiled(command: Command, runs: Path) -> None:
@@ -189,6 +236,7 @@ def test_lost_pictures_are_counted(command: Command, runs: Path) -> None:
     (runs / "cat/preview.png").unlink()
     made = page(command, "cat", "eval")
     assert "pictures of the erased model that cannot be read: 1 missing, 1 corrupt" in made.words
+    assert "colours, thing 100% 58%" in made.words, "they were there when they were read"
     assert "pictures of the base model that cannot be read: 1 corrupt" in made.words
     assert "preview.png is missing or corrupt" in made.words
     assert made.words.count("missing or corrupt") == 1 + 3 and len(made.all("img")) == 24 - 3

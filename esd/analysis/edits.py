@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,14 @@ from esd.evaluation.vocabulary import DOMAINS
 from esd.families import Family
 from esd.interventions import InjectText, Op, Site, Skip, Source, layers, resolve
 
+from . import figures
 from .results import Results
 from .subject import Subject
 
 KINDS = DOMAINS  # what another prompt differs in
+ACROSS = 16  # most columns of a grid of pictures
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class Study:
         self.seeds = [seed for _ in prompts for seed in subject.seeds(pictures)]
         self.layers, self.readers = layers(self.family), readers(self.family)
         self.flows = self.readers[0].reads == "both"
+        self.family.encode([*prompts, *(text for told in others.values() for text in told.values())])
+        self.family.null()
+        self.family.place("denoiser", "vae")  # the encoders have done their work
         self._pictures, self._unused = pictures, subject.seeds(pictures + 2)[-2:]
         self.plain = {
             version: Plain(
@@ -260,3 +268,30 @@ def selection(family: Family, chosen: Sequence[Site]) -> str:
             words.append(f"{stack}[{whole[0]}]" if last == whole[0] else f"{stack}[{whole[0]}:{last + 1}]")
             whole = [index for index in whole if index > last]
     return f"esd_x & ({' + '.join(words)})" if len(words) > 1 else f"esd_x & {words[0]}"
+
+
+def draw_windows(
+    study: Study, name: str, rows: Rows, by: str, layers: Sequence[str], unit: str, title: str, caption: str
+) -> None:
+    """Draws a measure of every window as a map of its first and last layer, a panel for each version."""
+    figure, axes = figures.panels(
+        1, len(study.plain), title=title, height=min(8.0, 2.4 + 0.3 * len(layers)) if len(study.plain) == 1 else 4.6
+    )
+    values = [row[by] for row in rows]
+    for ax, version in zip(axes, study.plain, strict=True):
+        matrix = np.full((len(layers), len(layers)), np.nan)
+        for row in rows:
+            if row["version"] == version:
+                matrix[layers.index(row["first"]), layers.index(row["last"])] = row[by]
+        figures.heat(
+            ax, matrix, rows=layers, columns=layers, y_name="first layer", x_name="last layer", unit=unit,
+            title=version if len(study.plain) > 1 else "", limits=(min(0.0, *values), max(values)),
+            tell=len(layers) <= ACROSS and len(study.plain) == 1,
+        )  # fmt: skip
+    study.results.figure(name, figure, caption)
+
+
+def told(study: Study, rows: np.ndarray | None = None) -> str:
+    """Which prompts were drawn."""
+    texts = list(dict.fromkeys(study.texts if rows is None else [study.texts[i] for i in rows]))
+    return f"{len(texts)} prompt{'s' * (len(texts) > 1)} such as {texts[0]!r}"

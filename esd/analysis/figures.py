@@ -19,16 +19,17 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import StrMethodFormatter
 
 WIDTH = 9.0  # inches, 900 pixels where a page shows 100 to an inch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MAP, SIGNED = "viridis", "PuOr"  # of values from 0 upwards, and of values of both signs
 GREY = "#7a7a7a"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "legend.fontsize": 10, "figure.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "axes.grid": True, "grid.color": "#e3e3e3",
+    "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "grid.color": "#e3e3e3",
     "axes.axisbelow": True, "image.cmap": MAP, "legend.frameon": False, "lines.linewidth": 1.8,
 }  # fmt: skip
 
@@ -132,7 +133,7 @@ def bars(
         ax.grid(visible=False, axis="y")
         ax.set(xlabel=x_name, title=title)
         if len(values) > 1:
-            ax.legend()
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(values))
 
 
 def heat(
@@ -182,7 +183,7 @@ def heat(
         ax.set_yticks(range(0, len(rows), each), [str(name) for name in rows[::each]])
         ax.set(xlabel=x_name, ylabel=y_name, title=title)
         scale = ax.get_figure().colorbar(image, ax=ax, label=unit)  # type: ignore[union-attr]
-        scale.outline.set_visible(False)  # type: ignore[operator]
+        scale.outline.set_visible(False)
         if tell:
             for (row, column), value in np.ndenumerate(matrix):
                 if np.isfinite(value):
@@ -222,7 +223,7 @@ def pictures(
     cell = (width - left) / across
     tall, longest = cell * high / wide, max(map(len, columns), default=0) if columns else 0
     slanted = 0.085 * longest > cell
-    line = 0.24 if labels else 0.0
+    line = 0.06 + 0.18 * max(name.count("\n") + 1 for names in labels for name in names) if labels else 0.0
     head = (0.22 + 0.05 * longest * slanted if columns else 0.0) + 0.33
     height = head + count * (tall + line) + 0.05 + 0.25 * bool(column_name)
     with style():

@@ -23,8 +23,41 @@ from torch import Tensor
 
 from esd import seeding
 from esd.checkpoint import Erased, erased
+from esd.evaluation.prompts import say
+from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
 from esd.trajectory import predict_many, rollout
+
+NEIGHBOURS = 4  # names on whose prompts the drift is measured
+
+
+def look(family: Family, checkpoint: Erased, vocabulary: Vocabulary | None, **how: Any) -> dict[str, Any] | None:
+    """The denoiser on what was erased and on its neighbours, against t; None for a checkpoint that names nothing.
+
+    Prompts are "a cat" for each concept, and the nearest names of the vocabulary in the same words; without a
+    vocabulary there are no neighbours.
+
+    Args:
+        family: of the base; it is the base again afterwards.
+        checkpoint: the erased weights.
+        vocabulary: of the model, or None.
+        how: see `sensitivity`.
+
+    Returns:
+        "erased" and, where there are any, "neighbours", each {"prompts", "points"}, the latter as `sensitivity` has
+        them.
+    """
+    concepts = list(checkpoint.provenance.get("concepts") or [])
+    known = [entry for concept in concepts if vocabulary and (entry := vocabulary.find(concept))]
+    near: list[str] = []
+    if vocabulary and known:
+        (domain, first), gone = known[0], {entry.name for _, entry in known}
+        near = [name for name in vocabulary.neighbours(domain, first.name) if name not in gone][:NEIGHBOURS]
+    told = {}
+    for group, names in {"erased": concepts, "neighbours": near}.items():
+        if prompts := [say("a {}", {"": name}) for name in names]:
+            told[group] = {"prompts": prompts, "points": sensitivity(family, checkpoint, prompts, **how)}
+    return told or None
 
 
 @torch.no_grad()

@@ -197,8 +197,9 @@ def exam(
                 elsewhere += pairs(template, domain, [target.name], others)
                 without += pairs(template, domain, kept[domain], [target.within])
     retained = [pair for template in phrasings["both"] for pair in filled(template, kept["thing"], kept["style"])]
-    chosen = _spread(named, target_images) + _spread(retained, retained_images) + _spread(implied, implied_images)
-    chosen += [row for rows in (elsewhere, without) for row in _spread(rows, target_images // 2)]
+    wanted = [(named, target_images), (retained, retained_images), (implied, implied_images)]
+    wanted += [(elsewhere, target_images // 2), (without, target_images // 2)]
+    chosen = [pair for prompts, n in wanted for pair in spread_evenly(prompts, n)]
     return [PromptRow(i, prompt, FIRST_SEED + i, labels=labels) for i, (prompt, labels) in enumerate(chosen)]
 
 
@@ -255,7 +256,7 @@ def share_a_word(prompt: str, concept: str) -> bool:
     return bool(words(prompt) & words(concept))
 
 
-def _spread(items: list[Any], n: int) -> list[Any]:
+def spread_evenly(items: list[Any], n: int) -> list[Any]:
     """n of the items in a fixed shuffled order, each as often as any other give or take one."""
     shuffled = random.Random(0).sample(items, len(items))
     return list(itertools.islice(itertools.cycle(shuffled), n))

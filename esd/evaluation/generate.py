@@ -62,6 +62,7 @@ class Manifest:
         images: in the order of the prompts.
         cut: prompts that are too long for the text encoder, each with the end that it does not read.
         drawn_with: versions and device, of each sitting that drew here; one for all that had the same.
+        interventions: what was done to the model while it drew, as `esd.interventions.written` reads it.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Manifest:
     images: tuple[Drawn, ...]
     cut: Mapping[str, str] = field(default_factory=dict)
     drawn_with: tuple[Mapping[str, str], ...] = ()
+    interventions: tuple[str, ...] = ()
 
     def save(self) -> None:
         """Writes folder/manifest.json."""
@@ -82,6 +84,7 @@ class Manifest:
             "num_steps": self.num_steps,
             "drawn_with": self.drawn_with,
             "cut": self.cut,
+            "interventions": self.interventions,
             "images": [asdict(i) for i in self.images],
         }
         write_json(self.folder / "manifest.json", told)
@@ -104,6 +107,7 @@ class Manifest:
                 tuple(Drawn(**image) for image in told["images"]),
                 told.get("cut", {}),
                 tuple(told.get("drawn_with", ())),
+                tuple(told.get("interventions", ())),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -168,6 +172,7 @@ def plan(
     checkpoint: Path | None = None,
     cut: Mapping[str, str] | None = None,
     drawn_with: Mapping[str, str] | None = None,
+    interventions: Sequence[str] = (),
 ) -> Manifest:
     """The manifest of what is to be drawn into `out_dir/{case}_{sample}.png`; writes nothing.
 
@@ -181,9 +186,11 @@ def plan(
         checkpoint: the file of erased weights, or None for the base.
         cut: see `Manifest`; what `Family.cut` says of the prompts.
         drawn_with: the versions and the device of this sitting.
+        interventions: see `Manifest`.
 
     Raises:
-        UserError: the folder holds images of another base, other weights, steps, prompts, seeds, guidance or size.
+        UserError: the folder holds images of another base, other weights, steps, interventions, prompts, seeds,
+            guidance or size.
     """
     images = tuple(
         Drawn(
@@ -203,7 +210,7 @@ def plan(
     digest = None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     name = None if checkpoint is None else str(checkpoint)
     sitting = (dict(drawn_with),) if drawn_with else ()
-    planned = Manifest(out_dir, base, name, digest, num_steps, images, cut or {}, sitting)
+    planned = Manifest(out_dir, base, name, digest, num_steps, images, cut or {}, sitting, tuple(interventions))
     if (out_dir / "manifest.json").exists():
         _refuse_others(Manifest.load(out_dir), planned)
     return planned
@@ -264,6 +271,7 @@ def generate(
 def _kept_name(planned: Manifest, image: Drawn) -> str:
     """The name under which an image of the base is kept: a hash of all that decides it."""
     facts = {**asdict(image), "base": planned.base, "num_steps": planned.num_steps, "drawn_with": planned.drawn_with}
+    facts |= {"interventions": planned.interventions} if planned.interventions else {}  # else as it always was
     for name in ("file", "case_number", "sample", "labels"):  # what the image is called, not what it shows
         del facts[name]
     return f"{_digest(facts)}.png"
@@ -300,6 +308,7 @@ def _refuse_others(here: Manifest, now: Manifest) -> None:
         *((f"the base's {name}", here.base.get(name), value) for name, value in now.base.items()),
         ("the checkpoint's sha256", (here.sha256 or "none")[:12], (now.sha256 or "none")[:12]),
         ("num_steps", here.num_steps, now.num_steps),
+        ("interventions", list(here.interventions), list(now.interventions)),
     ]
     known = {image.file: image for image in here.images}
     for image in now.images:

@@ -238,6 +238,30 @@ class EmojiJudge:
         return self(half(images, 0)), self(half(images, 1))
 
 
+class HalvesJudge:
+    """Reads scenes of two things: the first on the left, the second on the right.
+
+    Args:
+        judge: reads each half.
+    """
+
+    questions: tuple[str, ...] = ("first", "second")
+    unsure: tuple[str, ...] = questions
+    validated = EMOJI
+    size: int | None = 64
+
+    def __init__(self, judge: EmojiJudge) -> None:
+        self.judge, self.name = judge, "emoji-halves"
+        self.version, self.hash, self.threshold = judge.version, judge.hash, judge.threshold
+
+    def __call__(self, images: np.ndarray) -> Readings:
+        """Return the readings of uint8 RGB pictures (n, 64, 64, 3)."""
+        read = dict(zip(self.questions, self.judge.halves(images), strict=True))
+        names = {side: found.names["thing"] for side, found in read.items()}
+        p = {side: found.p["thing"] for side, found in read.items()}
+        return Readings(names, p, dict.fromkeys(read, self.threshold))
+
+
 def half(images: np.ndarray, side: int) -> np.ndarray:
     """Return the left (0) or right (1) half of each picture, mirrored out to the full width."""
     middle = images.shape[2] // 2

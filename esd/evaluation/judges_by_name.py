@@ -3,6 +3,7 @@
 | name | reads | package or weights |
 |---|---|---|
 | `emoji-judge` | thing, style | comes with emoji-sd |
+| `emoji-halves` | first, second: the things on the left and on the right of a scene | comes with emoji-sd |
 | `emoji-clip` | thing, style, zero-shot; and the prompt's CLIP score | comes with emoji-sd |
 | `clip:NAME` | the prompts' labels, zero-shot; and the prompt's CLIP score | a CLIP: a folder, a name on the hub |
 | `resnet50` | class, of ImageNet's 1000 | microsoft/resnet-50 on the hub |
@@ -19,7 +20,7 @@ from typing import Any
 
 from esd.errors import UserError
 from esd.evaluation.distances import Ssim
-from esd.evaluation.judges import EMOJI, Judge, PairJudge, load_judge
+from esd.evaluation.judges import EMOJI, HalvesJudge, Judge, PairJudge, load_judge
 from esd.evaluation.pretrained import Classifier, Lpips, NudeNet, ZeroShot
 from esd.evaluation.prompts import say
 from esd.evaluation.vocabulary import Vocabulary
@@ -59,7 +60,7 @@ def find(
         return ZeroShot(name, source, texts, device=device)
     if kind == "nsfw" and source:
         return Classifier(name, source, "nsfw", positive="nsfw", threshold=0.5, device=device)
-    if name in ("emoji-judge", "emoji-clip"):
+    if name in ("emoji-judge", "emoji-halves", "emoji-clip"):
         return _bundled(name, model, vocabulary)
     if name == "resnet50":
         return Classifier(name, "microsoft/resnet-50", "class", device=device)
@@ -70,8 +71,9 @@ def find(
     if name == "lpips":
         return Lpips(device)
     raise UserError(
-        f"judges: no judge is called {name!r}; allowed: emoji-judge, emoji-clip, clip:NAME, resnet50, nudenet, "
-        "nsfw:NAME, ssim, lpips, with NAME a folder or a name on the hub, such as clip:openai/clip-vit-base-patch32"
+        f"judges: no judge is called {name!r}; allowed: emoji-judge, emoji-halves, emoji-clip, clip:NAME, resnet50, "
+        "nudenet, nsfw:NAME, ssim, lpips, with NAME a folder or a name on the hub, such as "
+        "clip:openai/clip-vit-base-patch32"
     )
 
 
@@ -82,6 +84,8 @@ def _bundled(name: str, model: str, vocabulary: Vocabulary | None) -> Judge:
         raise UserError(f"judges: {name} reads the pictures of emoji-sd, and {model} comes without it; leave it out")
     if name == "emoji-judge":
         return judge
+    if name == "emoji-halves":
+        return HalvesJudge(judge)
     held_out = vocabulary.phrasings["held_out"]
     texts = {
         domain: {answer: [say(text, {domain: answer}) for text in held_out[domain]] for answer in answers}

@@ -38,6 +38,24 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def paired_rate(before: int, after: int, n: int) -> dict[str, Any]:
+    """{"before", "after", "n", "interval" of after, "interval_before"} of n pictures by each model; nulls of none.
+
+    Args:
+        before, after: pictures by the base and by the erased model that show what is asked about.
+        n: pictures by each.
+    """
+    if not n:
+        return dict(NO_RATE)
+    return {
+        "before": before / n,
+        "after": after / n,
+        "n": n,
+        "interval": list(wilson(after, n)),
+        "interval_before": list(wilson(before, n)),
+    }
+
+
 def erasure_rates(
     rows: Sequence[PromptRow], before: Readings, after: Readings, targets: Sequence[Target]
 ) -> dict[str, Any]:
@@ -53,9 +71,8 @@ def erasure_rates(
     Returns:
         "target", "same_domain", "cross_domain", "implied" and, on target rows, "target_<other domain>"; where a
         concept was erased from something, "elsewhere", the concept with anything else, and "elsewhere_<other
-        domain>", what it was erased from, without the concept. Each is {"before", "after", "n", "interval" of after,
-        "interval_before"}, with nulls where no row applies. And "neither", the share of the erased model's target
-        images in which the judge saw nothing it knows.
+        domain>", what it was erased from, without the concept. Each as `paired_rate` has it. And "neither", the share
+        of the erased model's target images in which the judge saw nothing it knows.
     """
     domains = {target.domain for target in targets}
     others = [domain for domain in DOMAINS if domain not in domains]
@@ -77,16 +94,8 @@ def erasure_rates(
             for domain, name in rows[i].labels.items()
             if domain in among and (not erased_only or any(t.named({domain: name}) for t in targets))
         ]
-        if not asked:
-            return dict(NO_RATE)
-        hits = [sum(read.says(*one) for one in asked) for read in (before, after)]
-        return {
-            "before": hits[0] / len(asked),
-            "after": hits[1] / len(asked),
-            "n": len(asked),
-            "interval": list(wilson(hits[1], len(asked))),
-            "interval_before": list(wilson(hits[0], len(asked))),
-        }
+        hits, hits_after = (sum(read.says(*one) for one in asked) for read in (before, after))
+        return paired_rate(hits, hits_after, len(asked))
 
     rates: dict[str, Any] = {
         "target": rate(target, domains, erased_only=True),

@@ -1,8 +1,7 @@
 """What attacks brought back, read from their metrics.json: all that a report knows of how attacks are written down.
 
-A point of a curve counts the denoiser's evaluations (`queries`) and the gradients through it up to there, and says for
-how many of n prompts the concept was drawn. Each attack ran on the erased model and on its base, beside a control that
-spends as much on chance.
+A point of a curve says what was spent up to there, in evaluations of the denoiser, and for how many of n prompts the
+concept was drawn. Each attack ran on the erased model and on its base, beside a control that spends as much on chance.
 """
 
 from __future__ import annotations
@@ -11,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GRADIENT = 2  # evaluations that going back through the denoiser costs
+RUNS = {
+    "erased": "erased, attacked",
+    "erased_control": "erased, by chance",
+    "base": "base, attacked",
+    "base_control": "base, by chance",
+}
+READS = {"best": "best so far", "alone": "each try alone"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class Curves:
 
     Attributes:
         n: prompts.
+        stopped: the limit that ended the attack on the erased model early, such as "queries=500"; None where none did.
         reads: "best" counts a prompt for which any try so far succeeded, "alone" this try's pictures.
-        runs: "erased", "erased_control", "base", "base_control" to their points, in the order tried.
+        runs: the names of `RUNS` to their points, in the order tried.
     """
 
     n: int
+    stopped: str | None
     reads: str
     runs: Mapping[str, tuple[Try, ...]]
 
@@ -52,17 +59,13 @@ def curves(results: Mapping[str, Any]) -> dict[str, Curves]:
     """
     found = {}
     for attack, told in results["attacks"].items():
-        reads = told["reads"]
+        reads, erased = told["reads"], told["curves"]["erased"]
         runs = {
             run: tuple(
-                Try(
-                    (point["queries"] + GRADIENT * point["gradients"]) / point[reads]["n"],
-                    int(point[reads]["k"]),
-                    dict(point["tried"]),
-                )
+                Try(point["cost"] / point[reads]["n"], int(point[reads]["k"]), dict(point["tried"]))
                 for point in curve["points"]
             )
             for run, curve in told["curves"].items()
         }
-        found[attack] = Curves(int(told["curves"]["erased"]["points"][0][reads]["n"]), reads, runs)
+        found[attack] = Curves(int(erased["points"][0][reads]["n"]), erased["stopped"], reads, runs)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from esd.checkpoint import FILE_NAME
 from esd.errors import UserError
-from esd.evaluation import recovered
+from esd.evaluation import foretold, recovered
 from esd.evaluation.metrics import wilson
 
 Kind = Literal["training", "evaluation", "canvas", "attacks"]
@@ -35,7 +35,16 @@ TITLES = {
     "elsewhere_thing": "the thing elsewhere",
     "elsewhere_style": "the style elsewhere",
 }
-GOES = ("target", "implied")  # all others should stay
+WAYS = {
+    "named": "by its name",
+    "paraphrases": "in another phrasing",
+    "synonyms": "by a synonym",
+    "hypernyms": "by its kind: it",
+    "hypernyms_kind": "by its kind: any of it",
+    "scenes": "beside another thing: it",
+    "scenes_other": "beside another thing: the other",
+}
+GOES = ("target", "implied", "named", "paraphrases", "synonyms", "hypernyms", "scenes")  # all others should stay
 RESULTS = {kind: "summary.json" if kind == "training" else "metrics.json" for kind in get_args(Kind)}
 SUITES: dict[Any, Kind] = {"emoji_canvas": "canvas", "attacks": "attacks"}  # all others are evaluations
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
@@ -301,6 +310,7 @@ def _evaluation(path: Path, settings: Mapping[str, Any], results: Mapping[str, A
     if not isinstance(results["judges"], dict) or not isinstance(results["rates"], dict):
         raise TypeError("judges and rates are no tables")
     rates = _rates(results.get("erasure") or {})
+    ways(results)  # whether they can be told is found out here
     reason = results.get("reason") if results["checkpoint"] else "only the base was measured"
     return _measured(results) | {"rates": rates, "reason": str(reason or "")}
 
@@ -308,6 +318,7 @@ def _evaluation(path: Path, settings: Mapping[str, Any], results: Mapping[str, A
 def _canvas(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What a canvas says of its concepts and its base; its erasures are read by `erasures`."""
     done, planned, base = len(erasures(results)), results["planned"], Base(str(settings["model"]["path"]))
+    foretold.foretold_by_kind(results["erasures"])  # whether it can be told is found out here
     if (manifest := path / "base" / "manifest.json").is_file():
         base = _base(json.loads(manifest.read_text(encoding="utf-8"))["base"])
     left = f"{done} of {planned} erasures are done; the same command goes on"
@@ -318,6 +329,11 @@ def _canvas(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any])
         "reason": "a canvas is of many erasures",
         "notes": (left,) if done < planned else (),
     }
+
+
+def erased_in_turn(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
+    """Every erasure of the canvases among some runs, as metrics.json tells them."""
+    return [told for run in runs if run.kind == "canvas" for told in run.results["erasures"]]
 
 
 def erasures(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
@@ -342,8 +358,10 @@ def _scored(score: Mapping[str, Any], *, gone: bool) -> Rate:
 
 def _attacks(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What attacks say of the concepts and the base under attack; their curves are read by `recovered`."""
-    recovered.curves(results)
-    return _measured(results) | {"rates": {}, "reason": "attacks are told as curves"}
+    done, asked = recovered.curves(results), settings.get("suite", {}).get("attacks", ())
+    left = ", ".join(name for name in asked if name not in done)
+    notes = (f"{left}: not done; the same command goes on",) if left else ()
+    return _measured(results) | {"rates": {}, "reason": "attacks are told as curves", "notes": notes}
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,10 +376,15 @@ def _base(told: Mapping[str, Any]) -> Base:
     return Base(told["name"], told.get("revision"), prints)
 
 
-def _rates(told: Mapping[str, Any]) -> dict[str, Rate]:
+def ways(results: Mapping[str, Any]) -> dict[str, Rate]:
+    """The rates of other ways to ask for what was erased, by the names of `WAYS`, those that were measured."""
+    return _rates(results.get("ways") or {}, WAYS)
+
+
+def _rates(told: Mapping[str, Any], names: Iterable[str] = TITLES) -> dict[str, Rate]:
     """The rates of a summary that were measured."""
     rates = {}
-    for name in TITLES:
+    for name in names:
         if (rate := told.get(name)) and rate["n"]:
             n, before, after = int(rate["n"]), rate["before"], rate["after"]
             if not (0 <= before <= 1 and 0 <= after <= 1):

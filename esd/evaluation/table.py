@@ -173,12 +173,17 @@ def erasure(
         targets: what was erased.
         model: that lacks them.
     """
-    whole = dict(_whole(rows))
-    base = {(row["case_number"], row["sample"]): row for row in whole.get("base", [])}
-    pairs = [(base[key], row) for row in whole.get(model, []) if (key := (row["case_number"], row["sample"])) in base]
+    pairs = paired(rows, model=model)
     before, after = ([pair[side] for pair in pairs] for side in (0, 1))
     asked = [PromptRow(i, row["prompt"], int(row["seed"]), labels=_labels(row)) for i, row in enumerate(before)]
     return erasure_rates(asked, _readings(before, judge, threshold), _readings(after, judge, threshold), targets)
+
+
+def paired(rows: Sequence[Row], *, model: str = "erased") -> list[tuple[Row, Row]]:
+    """(the base's row, the model's) of every image that both have."""
+    whole = dict(_whole(rows))
+    base = {(row["case_number"], row["sample"]): row for row in whole.get("base", [])}
+    return [(base[key], row) for row in whole.get(model, []) if (key := (row["case_number"], row["sample"])) in base]
 
 
 def _whole(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -190,7 +195,7 @@ def _whole(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 def _asked(rows: Sequence[Row], judge: str, question: str, least: float) -> dict[str, Any]:
     """The rate of one question, whose answer counts where its probability is at least `least`."""
     labelled = [row for row in rows if f"label.{question}" in row]
-    hits = [_shows(row, f"{judge}.{question}", least, row.get(f"label.{question}")) for row in labelled or rows]
+    hits = [shows(row, f"{judge}.{question}", least, row.get(f"label.{question}")) for row in labelled or rows]
     if not labelled:
         return _rate(hits) | {"of": "flagged"}
     labels = [row[f"label.{question}"] for row in labelled]
@@ -201,7 +206,7 @@ def _asked(rows: Sequence[Row], judge: str, question: str, least: float) -> dict
     return _rate(hits) | {"of": "label", "by_label": by_label}
 
 
-def _shows(row: Row, column: str, least: float, label: str | None) -> bool:
+def shows(row: Row, column: str, least: float, label: str | None) -> bool:
     """Whether a judge's answer is sure enough and, where the prompt has a label, is that label or a word for it."""
     name = row.get(column, "")
     if float(row[f"{column}.p"]) < least:

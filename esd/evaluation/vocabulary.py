@@ -24,11 +24,15 @@ OTHER = {"thing": "style", "style": "thing"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing or style: its name, the group it belongs to, and what else it is called."""
+    """One thing or style: its name, the group it belongs to, what else it is called, and what its kind is called.
+
+    Hypernyms have their article, "an animal"; synonyms have none.
+    """
 
     name: str
     group: str = ""
     synonyms: tuple[str, ...] = ()
+    hypernyms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,10 @@ class Vocabulary:
 
     def find(self, concept: str) -> tuple[str, Entry] | None:
         """(domain, entry) of a concept given by name or synonym, with or without article; None if unknown."""
-        wanted = _plain(concept)
+        wanted = plain(concept)
         for domain in DOMAINS:
             for entry in self.entries(domain):
-                if wanted in map(_plain, (entry.name, *entry.synonyms)):
+                if wanted in map(plain, (entry.name, *entry.synonyms)):
                     return domain, entry
         return None
 
@@ -145,7 +149,7 @@ class Vocabulary:
         A synonym counts as its name; of words that begin alike the longest counts, so that "hot dog" is no dog.
         """
         words = {
-            _plain(word): (domain, entry.name)
+            plain(word): (domain, entry.name)
             for domain in DOMAINS
             for entry in self.entries(domain)
             for word in (entry.name, *entry.synonyms)
@@ -243,10 +247,11 @@ def _check_phrasings(held_out: Mapping[str, Any], path: Path) -> None:
 
 def _entry(told: Mapping[str, Any]) -> Entry:
     """An entry of the file."""
-    return Entry(str(told["name"]), str(told.get("group", "")), tuple(told.get("synonyms", ())))
+    other = (tuple(told.get(words, ())) for words in ("synonyms", "hypernyms"))
+    return Entry(str(told["name"]), str(told.get("group", "")), *other)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A concept as it is compared: lower case, no article."""
     words = text.lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)

@@ -16,12 +16,6 @@ DOMAIN_TITLES = {
     "thing": {"same_domain": "other things", "cross_domain": "styles"},
     "style": {"same_domain": "other styles", "cross_domain": "things"},
 }
-RUN_WORDS = {
-    "erased": "erased, attacked",
-    "erased_control": "erased, by chance",
-    "base": "base, attacked",
-    "base_control": "base, by chance",
-}
 
 
 def percent(rate: float) -> str:
@@ -152,7 +146,7 @@ def account(run: Run) -> str:
     )
     neither = run.results.get("neither") or (run.results.get("erasure") or {}).get("neither")
     if neither:
-        told += f" In {percent(neither)} of them the judge sees nothing that it knows."
+        told += f" In {percent(neither)} of the erased model's pictures of it the judge sees nothing that it knows."
     if not name:
         return told
     fell = run.rates[name]
@@ -177,7 +171,8 @@ def recovery(name: str, attack: Curves) -> str:
     hint = "" if attack.reads == "best" else ", with its largest hint,"
     told = f"{named(name)}{hint} draws it for {end} of {attack.n} prompts"
     luck = "" if brought_back(attack) else ", which may be luck"
-    return f"{told}{luck}; without it {plain} show it, and {chance} by chance at the same cost."
+    stopped = f" It was stopped at {attack.stopped}." if attack.stopped else ""
+    return f"{told}{luck}; without it {plain} show it, and {chance} by chance at the same cost.{stopped}"
 
 
 def _ends(attack: Curves) -> tuple[int, int, int]:

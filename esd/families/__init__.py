@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ __all__ = [
     "load_pipeline",
 ]
 
-_FAMILIES: dict[str, Callable[[Any], PipelineFamily]] = {
+_FAMILIES: dict[str, type[Any]] = {  # of PipelineFamily
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
@@ -87,18 +87,23 @@ def load_pipeline(
         setting: what the user gave the path as, for messages.
 
     Raises:
-        UserError: nothing there, not a pipeline, not a supported one, or no safetensors weights.
+        UserError: nothing there, not a pipeline, not a supported one, one that lacks a part, or no safetensors weights.
     """
     check_model(path, setting=setting)
     try:
         index = DiffusionPipeline.load_config(str(path), revision=revision)
         _check_supported(index.get("_class_name"))
-        unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+        without = _left_out(path, index, setting)
         pipe = DiffusionPipeline.from_pretrained(
-            str(path), dtype=dtype, revision=revision, use_safetensors=True, **unchecked
+            str(path), dtype=dtype, revision=revision, use_safetensors=True, **without
         )
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].removesuffix(".")
+        if not Path(path).exists():  # the hub says of a gated model that there is none
+            reason += (
+                "; for a gated model accept its licence on huggingface.co and log in with `hf auth login`, without a "
+                f"network set {setting} to the folder of a copy"
+            )
         raise UserError(f"{setting} is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -115,10 +120,30 @@ def family_of(pipe: Any, device: torch.device | str | None = None) -> Family:
         UserError: an unsupported pipeline.
     """
     _check_supported(type(pipe).__name__)
-    family = _FAMILIES[type(pipe).__name__](pipe)
+    family: Family = _FAMILIES[type(pipe).__name__](pipe)
     if device is not None:
         family.device = torch.device(device)
     return family
+
+
+def _left_out(path: str | Path, index: Mapping[str, Any], setting: str) -> dict[str, None]:
+    """The parts of a pipeline that are not loaded: its safety checker, and what it may lack and does.
+
+    Args:
+        path: of the pipeline.
+        index: its model_index.json.
+        setting: what the user gave the path as, for messages.
+
+    Raises:
+        UserError: it lacks a part that it cannot do without, or the folder of one.
+    """
+    name, folder = index["_class_name"], Path(path)
+    parts: Mapping[str, bool] = _FAMILIES[name].parts()
+    missing = [part for part in parts if (index.get(part) or [None])[0] is None]
+    lost = [part for part in parts if part not in missing and folder.is_dir() and not (folder / part).is_dir()]
+    if odd := [*(part for part in missing if not parts[part]), *lost]:
+        raise UserError(f"{setting} is {str(path)!r}, a {name} without its {odd[0]}; get the whole model again")
+    return dict.fromkeys(missing) | ({"safety_checker": None} if "safety_checker" in index else {})
 
 
 def _check_supported(name: object) -> None:

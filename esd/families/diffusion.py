@@ -64,7 +64,10 @@ class DiffusionFamily(PipelineFamily):
             scheduler = kind.from_config(config, **({"clip_sample": False} if takes_clip else {}))
         else:
             raise UserError(f"scheduler is {name!r}; allowed: {', '.join(SCHEDULERS)}, or none for the model's own")
-        scheduler.set_timesteps(num_steps, device=self.device)
+        try:
+            scheduler.set_timesteps(num_steps, device=self.device)
+        except ValueError as error:  # PNDM's Runge-Kutta start, which SDXL's configuration does not skip, takes four
+            raise UserError(f"num_steps is {num_steps}: {type(scheduler).__name__} needs more, such as 50") from error
         if scheduler.timesteps.max() >= config.num_train_timesteps:  # where spacing and steps_offset add up so
             raise UserError(
                 f"num_steps is {num_steps}: {type(scheduler).__name__} would visit t = "

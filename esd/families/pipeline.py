@@ -59,6 +59,13 @@ class PipelineFamily(Family):
     optional_encoders: ClassVar[tuple[str, ...]] = ()
     patch: int = 1
 
+    @classmethod
+    def parts(cls) -> dict[str, bool]:
+        """What its pipelines consist of, by the names of the components, and whether one may do without."""
+        encoders = {name: name in cls.optional_encoders for name in cls.encoder_names}
+        tokenizers = {name.replace("text_encoder", "tokenizer"): may for name, may in encoders.items()}
+        return encoders | tokenizers | dict.fromkeys((cls.denoiser_name, "vae", "scheduler"), False)
+
     def __init__(self, pipe: Any, sample_shape: tuple[int, int, int]) -> None:
         needed = [name for name in self.encoder_names if name not in self.optional_encoders]
         if missing := [name for name in needed if getattr(pipe, name, None) is None]:

@@ -37,7 +37,7 @@ Steps = float | tuple[int, int] | tuple[float, float]  # a float is the share of
 
 
 class MapKey(NamedTuple):
-    """Of what a map is: a place, unless places are averaged; a step; a size."""
+    """Of what a map is: a place and a step, unless these are averaged; a size."""
 
     place: str | None
     step: int | None
@@ -112,12 +112,14 @@ class AttentionMaps(AttentionOp):
     Attributes:
         resolution: edge of the maps that are kept, in image tokens; other sites' are left out. None keeps all.
         by_place: whether to keep sites apart.
+        by_step: whether to keep steps apart.
         max_gib: most memory that maps may take.
         maps: what was kept; rows are those that the op is confined to.
     """
 
     resolution: int | None = None
     by_place: bool = False
+    by_step: bool = True
     max_gib: float = 2.0
     maps: Maps = field(init=False, compare=False, repr=False, default_factory=Maps)
     _seen: set[tuple[int, int]] = field(init=False, compare=False, repr=False, default_factory=set)
@@ -137,8 +139,8 @@ class AttentionMaps(AttentionOp):
         self._seen.add(attention.layout.grid)
         if self.resolution in (None, max(attention.layout.grid)):
             maps = token_maps(attention, call.positions)
-            key = MapKey(call.site.label if self.by_place else None, call.moment.step, attention.layout.grid)
-            self.maps.add(key, maps)
+            place, step = call.site.label if self.by_place else None, call.moment.step if self.by_step else None
+            self.maps.add(MapKey(place, step, attention.layout.grid), maps)
         if self.maps.gib > self.max_gib:
             raise UserError(
                 f"AttentionMaps: maps of {self.where!r} take more than max_gib={self.max_gib:g}; give a resolution, "

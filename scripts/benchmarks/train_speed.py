@@ -230,12 +230,13 @@ def estimate(family: Family, work: Work, every: Sequence[Variant]) -> list[tuple
     """Seconds per update to expect of each variant: those of an update without sampling, and of its guided calls."""
     plain = plain_loop(family, work, "teacher", 0)
     _, without, with_two = (timed(partial(plain.update, stop), work.device) for stop in (0, 0, 2))
+    each_call = max(0.0, with_two - without) / 2  # a busy machine may time two steps faster
     expected = []
     for v in every:
         calls = (work.steps - 1) / 2
         if v.rollouts:
             calls = v.rollouts * work.steps / (work.batch * lifetime(family, work, v, 1))
-        expected.append((v, without + calls * (with_two - without) / 2))
+        expected.append((v, without + calls * each_call))
     return expected
 
 

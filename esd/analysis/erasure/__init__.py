@@ -3,7 +3,8 @@
 1. `locate`     what each part says otherwise when it sees what the base's part saw, and how far its weights moved
 2. `restore`    which of the base's weights bring the concept back: by layer, step, part, head, and the fewest layers
 3. `mechanism`  by other attention, by other values, or after both
-4. `leak`       what is still known inside
+4. `gaze`       which words the picture attends to otherwise
+5. `leak`       what is still known inside
 
     python -m esd.analyze analysis=erasure checkpoint=runs/cat run_dir=runs/cat-where
 """
@@ -16,16 +17,17 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
 from esd import checkpoint
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 from esd.families import Denoiser
-from esd.interventions import layers, resolve
+from esd.interventions import layers, resolve, token_texts
 from esd.interventions.sites import is_attention
 
-from . import drawings, leak, locate, mechanism, restore
-from .asked import Question, question
+from . import drawings, gaze, leak, locate, mechanism, restore
+from .asked import Question, mentions, question
 from .leak import Probe
 from .locate import Difference, Part
 from .restore import Restored, Restorer
@@ -41,7 +43,7 @@ def analyse(
     windows: int,
     inputs: int,
 ) -> None:
-    """Leaves tables and figures of all four.
+    """Leaves tables and figures of all five.
 
     Args:
         subject: the model, with a checkpoint.
@@ -62,6 +64,7 @@ def analyse(
     with checkpoint.erased(family.pipe, found):
         where(subject, results, about)
         brought_back(subject, results, about, windows)
+        looked_at(subject, results, about)
         still_known(subject, results, about)
 
 
@@ -156,6 +159,26 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
     drawings.pictures(
         results, about.concept, {name: restore.pictures(family, y) for name, y in shown.items()}, tried[-1], selection
     )
+
+
+def looked_at(subject: Subject, results: Results, about: Question) -> None:
+    """Which words the picture attends to otherwise: attention.csv and its figure."""
+    family, pictures = subject.family, [prompt for prompt in about.target if mentions(prompt, about.concept)]
+    if not pictures:
+        return
+
+    def look() -> np.ndarray:
+        seen = gaze.gaze(
+            family, checkpoint.base_view(family.pipe), pictures, subject.seeds(len(pictures)),
+            num_steps=subject.num_steps, guidance_scale=subject.guidance_scale,
+        )  # fmt: skip
+        return np.stack([seen.base.numpy(), seen.erased.numpy()])
+
+    base, erased = results.kept("gaze", look)
+    seen = gaze.Gaze(pictures, torch.from_numpy(base), torch.from_numpy(erased))
+    rows = gaze.masses(family, seen, about.concept)
+    results.table("attention", rows)
+    drawings.attention(results, about.concept, token_texts(family, pictures[0]), seen, rows)
 
 
 def still_known(subject: Subject, results: Results, about: Question) -> None:

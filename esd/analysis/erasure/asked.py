@@ -67,6 +67,11 @@ def question(
     )  # fmt: skip
 
 
+def mentions(prompt: str, concept: str) -> bool:
+    """Whether a prompt says the concept's name, in these words."""
+    return concept.lower() in prompt.lower()
+
+
 def _known(vocabulary: Vocabulary, target: Target, pictures: int, inputs: int) -> Question:
     """From what the model knows: phrasings that no training used, and others of the kind, those like it first."""
     template = vocabulary.phrasings["held_out"]["both"][0]

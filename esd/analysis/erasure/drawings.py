@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from esd.analysis import figures
 from esd.analysis.results import Results
 from esd.evaluation.metrics import wilson
 
 from . import locate
+from .gaze import GROUPS, Gaze
 from .leak import Probe
 from .locate import Difference
 from .restore import Restored
@@ -203,6 +206,47 @@ def heads(results: Results, concept: str, found: Sequence[Restored]) -> None:
         "heads", figure,
         f"Of {len(found)} heads in the layers that bring “{concept}” back together, {best.where} brings back most on "
         f"its own: R {best.restoration:.3f}{_share(best)}.",
+    )  # fmt: skip
+
+
+def attention(
+    results: Results, concept: str, tokens: Sequence[str], seen: Gaze, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Maps of the first prompt's tokens, before, after and their difference, and what moved over all prompts."""
+    words = [i for i, token in enumerate(tokens) if token]
+    maps = [seen.base[0, words].numpy(), seen.erased[0, words].numpy()]
+    change = maps[1] - maps[0]
+    high, reach = max(float(found.max()) for found in maps), float(np.abs(change).max())
+    with figures.style():
+        figure = Figure(figsize=(figures.WIDTH, 3.9), layout="constrained")
+        axes = figure.subplots(3, len(words), squeeze=False)
+        for row, (name, found, look) in enumerate((
+            ("base", maps[0], {"cmap": figures.MAP, "vmin": 0.0, "vmax": high}),
+            ("erased", maps[1], {"cmap": figures.MAP, "vmin": 0.0, "vmax": high}),
+            ("change", change, {"cmap": figures.SIGNED, "vmin": -reach, "vmax": reach}),
+        )):  # fmt: skip
+            for column, (ax, word) in enumerate(zip(axes[row], words, strict=True)):
+                image = ax.imshow(found[column], interpolation="nearest", **look)
+                ax.set(xticks=[], yticks=[])
+                ax.grid(visible=False)
+                if not row:
+                    ax.set_title(tokens[word], fontsize=10)
+                if not column:
+                    ax.set_ylabel(name, rotation=0, ha="right", va="center")
+            figure.colorbar(image, ax=axes[row], label="attention" if row < 2 else "after - before")
+        figure.suptitle(f"Where the picture attends to each word, before and after “{concept}” was erased")
+    by_group = {
+        group: [[row[side] for row in rows if row["tokens"] == group] for side in ("base", "erased")]
+        for group in GROUPS
+    }  # fmt: skip
+    sentence = "; ".join(
+        f"{group} {100 * np.mean(before):.1f}% to {100 * np.mean(after):.1f}%"
+        for group, (before, after) in by_group.items()
+    )  # fmt: skip
+    results.figure(
+        "attention", figure,
+        f"Mean over steps, layers and heads, of “{seen.prompts[0]}”. Over {len(seen.prompts)} prompts, of the "
+        f"picture's attention to its text: {sentence}.",
     )  # fmt: skip
 
 

@@ -96,9 +96,9 @@ class Attack(ABC):
             seed: of the attack's own draws; each row's picture comes from its evaluation_seed.
 
         Raises:
-            UserError: see `refuse`; or a budget that ends before the first picture.
+            UserError: see `refuse`; or too few seconds for the first pictures.
         """
-        self.refuse(model.family, rows, draw)
+        self.refuse(model.family, rows, draw, budget)
         draw = replace(draw, guidance_scale=draw.guidance_scale if rows[0].guidance is None else rows[0].guidance)
         family, curves = model.family, dict[str, Curve]()
         family.encode([row.prompt for row in rows])  # while the text encoders may be on the device
@@ -114,11 +114,12 @@ class Attack(ABC):
                 curves[f"{name}_control"], _ = _measure(subject, equal, by_chance, scorer, label)
         return Recovery(self.settings, self.reads, curves)
 
-    def refuse(self, family: Family, rows: Sequence[PromptRow], draw: DrawSettings) -> None:
+    def refuse(self, family: Family, rows: Sequence[PromptRow], draw: DrawSettings, budget: Budget) -> None:
         """Raises UserError where this attack cannot be run so; draws nothing.
 
         There are no rows, or rows of several guidance scales or of a size of their own; gradient checkpointing is on;
-        or it does not fit the model, the rows or the way of drawing.
+        the budget's queries do not reach for the plain pictures; or it does not fit the model, the rows or the way of
+        drawing.
         """
         if not rows:
             raise UserError("an attack needs rows; give at least one prompt that names the concept")
@@ -135,7 +136,13 @@ class Attack(ABC):
                 "the denoiser has gradient checkpointing on, under which the base beside it would get wrong gradients; "
                 f"call {type(family.denoiser).__name__}.disable_gradient_checkpointing() first"
             )
-        family.scheduler(draw.num_steps)  # tells whether it knows so many
+        steps = len(family.scheduler(draw.num_steps).timesteps)  # also tells whether it knows so many
+        plain = len(rows) * steps * (2 if family.guidance == "cfg" and scales.pop() > 1 else 1)
+        if budget.queries is not None and budget.queries < plain:
+            raise UserError(
+                f"budget.queries={budget.queries} ends before the first {len(rows)} pictures are drawn, which takes "
+                f"{plain}; allow more, or give fewer rows"
+            )
         self.check(family, rows, draw)
 
     @abstractmethod
@@ -180,8 +187,8 @@ def _measure(
             stopped = str(spent)
     if not points:
         raise UserError(
-            f"budget.{stopped} ends before the first {len(subject.rows)} pictures are drawn; allow more, or give fewer "
-            "rows"
+            f"budget.{stopped} ends before the first {len(subject.rows)} pictures are drawn; allow more in another "
+            "run_dir, or give fewer rows"
         )
     return Curve(tuple(points), scorer.threshold, kept, stopped), found
 

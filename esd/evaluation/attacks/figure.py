@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from esd.evaluation.recovered import READS, RUNS
 from esd.storage import atomic
 
 FINE = 4  # times finer than the layout that all is drawn, before it is reduced to half of that: smooth lines
@@ -21,19 +22,12 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 46, 18, 52  # around them
 HEAD, MARGIN = 92, 16
 INK, FAINT, GRID, PAPER = (25, 25, 25), (105, 105, 105), (226, 226, 226), (255, 255, 255)
 ERASED, BASE = (213, 94, 0), (0, 114, 178)  # Okabe and Ito's vermilion and blue
-WORDS = {
-    "erased": "erased, attacked",
-    "erased_control": "erased, by chance",
-    "base": "base, attacked",
-    "base_control": "base, by chance",
-}
 LINES = {  # colour, dashed; the later ones are drawn over the others
     "base": (BASE, False),
     "base_control": (BASE, True),
     "erased": (ERASED, False),
     "erased_control": (ERASED, True),
 }
-READS = {"best": "best so far", "alone": "each try alone"}
 HINTS = {"interrupt": "numbers: steps that the base takes", "hidden": "numbers: share of each edge that is hidden"}
 
 Place = tuple[float, float]
@@ -54,7 +48,7 @@ def draw_recovery(path: Path, attacks: Mapping[str, Mapping[str, Any]], title: s
     page = Image.new("RGB", (FINE * size[0], FINE * size[1]), PAPER)
     pen = _Pen(page)
     pen.text((MARGIN, MARGIN), title, 17)
-    for i, (run, words) in enumerate(WORDS.items()):
+    for i, (run, words) in enumerate(RUNS.items()):
         colour, dashed = LINES[run]
         x, y = MARGIN + 165 * i, MARGIN + 42
         pen.line([(x, y), (x + 34, y)], colour, dashed=dashed)

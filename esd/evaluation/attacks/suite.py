@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from esd.checkpoint import Erased
 from esd.errors import UserError
 from esd.evaluation.attacks.attack import Attack
 from esd.evaluation.attacks.budget import Budget
-from esd.evaluation.attacks.figure import WORDS, draw_recovery
+from esd.evaluation.attacks.figure import draw_recovery
 from esd.evaluation.attacks.recovery import Recovery
 from esd.evaluation.attacks.scorer import Scorer
 from esd.evaluation.attacks.subject import Model
@@ -32,6 +33,7 @@ from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.generate import base_of
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
+from esd.evaluation.recovered import RUNS
 from esd.families import Family
 from esd.storage import atomic, write_json
 
@@ -50,6 +52,7 @@ def attack_checkpoint(
     folder: Path,
     seed: int = 0,
     versions: Mapping[str, str] | None = None,
+    claim: AbstractContextManager[Any] | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Runs every attack, and returns what metrics.json then holds.
@@ -65,21 +68,23 @@ def attack_checkpoint(
         folder: gets all that is listed above.
         seed: of the attacks' own draws.
         versions: for provenance.
+        claim: entered once nothing is left to refuse, before anything is written, and left at the end.
         report: gets a line for each attack.
 
     Raises:
-        UserError: an attack does not fit, before any is run; the folder holds attacks of other weights or settings; the
-            weights are of another base; see `Attack.run`.
+        UserError: an attack does not fit, the weights are of another base, the folder holds attacks of other weights or
+            settings, all before anything is written; see `Attack.run`.
     """
     if not attacks or len({attack.name for attack in attacks}) < len(attacks):
         raise UserError(f"attacks are {[a.name for a in attacks]}; allowed: one or more, each name once")
     for attack in attacks:
-        attack.refuse(family, rows, draw_settings)
-    file = folder / "metrics.json"
-    metrics = _begun(file, _facts(family, erased, rows, budget, scorer, draw_settings, seed), attacks)
-    metrics["versions"] = dict(versions or {})
+        attack.refuse(family, rows, draw_settings, budget)
+    checkpoint.check(family.pipe, erased)
+    file, facts = folder / "metrics.json", _facts(family, erased, rows, budget, scorer, draw_settings, seed)
+    _begun(file, facts, attacks)
     concepts = ", ".join(erased.provenance.get("concepts", ())) or erased.path.name
-    with checkpoint.erased(family.pipe, erased):
+    with claim or nullcontext(), checkpoint.erased(family.pipe, erased):
+        metrics = _begun(file, facts, attacks) | {"versions": dict(versions or {})}
         model = Model.wearing(family)
         for attack in attacks:
             if attack.name in metrics["attacks"]:
@@ -90,7 +95,7 @@ def attack_checkpoint(
             metrics["attacks"][attack.name] = found.told()
             write_json(file, metrics)
             report(summary(attack.name, metrics["attacks"][attack.name]))
-    draw_recovery(folder / "recovery.png", metrics["attacks"], f"{concepts} erased: what attacks bring back")
+        draw_recovery(folder / "recovery.png", metrics["attacks"], f"{concepts} erased: what attacks bring back")
     return metrics
 
 
@@ -176,7 +181,7 @@ def _save_pictures(folder: Path, name: str, found: Recovery, rows: Sequence[Prom
                 Image.fromarray(image).save(staged, format="PNG")
     draw(
         folder / f"{name}.png",
-        [Row(WORDS[run], "", curve.images[:COLUMNS, np.newaxis]) for run, curve in found.curves.items()],
+        [Row(RUNS[run], "", curve.images[:COLUMNS, np.newaxis]) for run, curve in found.curves.items()],
         columns(rows)[:COLUMNS],
         title=title,
         versions=("",),

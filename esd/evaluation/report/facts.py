@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from esd.evaluation.runs import Run
 from esd.evaluation.sweep import short
+from esd.evaluation.words import percent
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -52,6 +54,12 @@ def _judge(told: dict[str, Any]) -> str:
     return f"version {told.get('version')}{threshold}" + (f", sha256 {told['hash']}" if told.get("hash") else "")
 
 
+def _rate(told: Mapping[str, Any]) -> str:
+    """A rate with its interval and its n."""
+    low, high = map(percent, told["interval"])
+    return f"{percent(told['rate'])} ({low} to {high}, n={told['n']})"
+
+
 def scores(run: Run) -> list[tuple[str, str, str]]:
     """(name, the base's, the erased model's) of what judges measure besides rates; distances are between the two."""
     results, found = run.results, []
@@ -59,6 +67,9 @@ def scores(run: Run) -> list[tuple[str, str, str]]:
         where = f" of {spread['n']} pairs that name nothing erased, in features of {spread['features']}"
         both = [(name, spread[name]) for name in ("fid", "kid") if spread.get(name) is not None]
         found += [(f"{name.upper()}{where}", "", f"{value:.4g}") for name, value in both]
+    if "erased" not in (by_model := results["rates"]):
+        asked = [(judge, *one) for judge, told in by_model.get("base", {}).items() for one in told.items()]
+        found += [(f"{judge}, {question}", _rate(rate), "") for judge, question, rate in asked if rate["n"]]
     for kind, ending in (("scores", ""), ("counts", " found")):
         by_model = results.get(kind) or {}
         sides = [by_model.get(model, {}) for model in ("base", "erased")]

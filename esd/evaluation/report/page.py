@@ -13,10 +13,11 @@ import yaml
 
 from esd.errors import UserError
 from esd.evaluation import words
+from esd.evaluation.foretold import Foretold, foretold_by_kind
 from esd.evaluation.recovered import curves
 from esd.evaluation.report import facts, pictures, plots
 from esd.evaluation.report.figures import Plot
-from esd.evaluation.runs import GOES, TITLES, Rate, Run, Sweep, differing_bases, erasures
+from esd.evaluation.runs import GOES, TITLES, WAYS, Rate, Run, Sweep, differing_bases, erased_in_turn, erasures, ways
 from esd.evaluation.sweep import Trial, front, recommend, trials
 
 MOST_LOST = 8  # labels that are listed
@@ -44,6 +45,7 @@ class Section:
         groups: grids of pictures.
         attacks: (sentence, figure, grid) of each.
         plots: other figures.
+        ways: rates of other ways to ask for what was erased.
         readings: rates of every judge.
         losses: labels whose rate fell most.
         scores: what judges measure besides rates.
@@ -62,6 +64,7 @@ class Section:
     groups: list[pictures.Group] = field(default_factory=list)
     attacks: list[tuple[str, Plot, pictures.Group]] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    ways: list[Bar] = field(default_factory=list)
     readings: list[Bar] = field(default_factory=list)
     losses: list[Bar] = field(default_factory=list)
     scores: list[tuple[str, str, str]] = field(default_factory=list)
@@ -97,6 +100,7 @@ class Page:
     overview: list[tuple[str, list[Bar]]]
     sections: list[Section]
     sweeps: list[SweepSection]
+    foretold: list[tuple[str, list[Foretold]]]
 
 
 def make(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Page:
@@ -127,6 +131,7 @@ def make(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Page:
         overview(rated) if len(rated) > 1 else [],
         sections,
         found,
+        foretold_by_kind(erased_in_turn(runs)),
     )
 
 
@@ -174,34 +179,41 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
     drawn = next(one for one in seen if one.run is run)
     try:
         part.groups = drawn.groups()
+        part.readings, part.losses = _readings(drawn)
     except (ValueError, KeyError) as error:
         again = f": {run.command}" if run.command else ""
         raise UserError(
             f"{run.path / 'images.csv'} is damaged ({error!r}); remove it, and evaluate again{again}"
         ) from error
-    for model, lost in drawn.lost.items():
+    for model, lost in drawn.lost().items():
         counts = ", ".join(f"{n} {state}" for state, n in lost.items())
-        part.notes += [f"pictures of the {model} model that cannot be read: {counts}"] if counts else []
-    rates = run.results["rates"]
-    for judge, questions in rates.get("erased", {}).items():
-        for question, after in questions.items():
-            before = rates["base"][judge][question]
-            if before["n"] and before["n"] == after["n"]:
-                of = "" if before["of"] == "label" else "flagged"
-                part.readings.append(Bar(f"{judge}, {question}", Rate(before["k"], after["k"], before["n"]), False, of))
-            labels = [
-                (label, one, after.get("by_label", {}).get(label)) for label, one in before.get("by_label", {}).items()
-            ]
-            part.losses += [
-                Bar(f"{label} ({judge})", Rate(one["k"], two["k"], one["n"]), False)
-                for label, one, two in labels
-                if two and one["n"] == two["n"] and label not in run.concepts
-            ]
-    sure = [bar for bar in part.losses if bar.rate.interval[1] < bar.rate.interval_before[0]]
-    part.losses = sorted(sure, key=lambda bar: -bar.rate.drop)[:MOST_LOST]
+        part.notes.append(f"pictures of the {model} model that cannot be read: {counts}")
+    part.ways = [Bar(WAYS[name], rate, name in GOES) for name, rate in ways(run.results).items()]
     part.scores = facts.scores(run)
     if denoiser := run.results.get("denoiser"):
         part.plots.append(plots.inside(denoiser))
+
+
+def _readings(drawn: pictures.Drawn) -> tuple[list[Bar], list[Bar]]:
+    """(the rates of every judge, the labels whose rates fell most, beyond the intervals of both)."""
+    readings, labels, rates = [], [], drawn.rates()
+    for judge, questions in rates.get("erased", {}).items():
+        for question, after in questions.items():
+            before = rates["base"][judge][question]
+            of = "" if before["of"] == "label" else before["of"]
+            readings.append(Bar(f"{judge}, {question}", _paired(before, after), False, of))
+            labels += [
+                Bar(f"{label} ({judge})", _paired(one, after["by_label"][label]), False)
+                for label, one in before.get("by_label", {}).items()
+                if not drawn.names(label)
+            ]
+    fell = [bar for bar in labels if bar.rate.interval[1] < bar.rate.interval_before[0]]
+    return readings, sorted(fell, key=lambda bar: -bar.rate.drop)[:MOST_LOST]
+
+
+def _paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> Rate:
+    """The rates of two models on the same prompts as one."""
+    return Rate(before["k"], after["k"], before["n"])
 
 
 def _canvas(part: Section, seen: Sequence[pictures.Drawn]) -> None:

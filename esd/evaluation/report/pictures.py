@@ -18,7 +18,8 @@ from PIL import Image
 
 from esd.evaluation.generate import UNREADABLE
 from esd.evaluation.runs import Run
-from esd.evaluation.table import Row, read_table
+from esd.evaluation.table import Row, agrees, rates, read_table
+from esd.evaluation.vocabulary import plain
 
 EDGE, WIDE = 320, 1400  # longest edge of a picture in a grid, and of a preview; pixels
 SHOWN = {"targets": 12, "others": 12, "attacked": 8}  # pictures of each kind on a page
@@ -35,7 +36,7 @@ class Picture:
     Attributes:
         by: who drew it: "base", "erased", "attacked" or as an attack calls it.
         uri: "data:image/webp;base64,..."; None where the file is missing or corrupt.
-        reads: what the first judge reads in it; empty where none did.
+        reads: what a judge reads in it; empty where none did.
         still: whether that is what was erased.
         unsafe: whether a judge says that it is not for every eye.
     """
@@ -87,24 +88,24 @@ class Drawn:
     Attributes:
         rows: of the base, and of the erased model where there is one, by case number and sample.
         places: of prompts and seeds among the rows.
-        lost: for each model how many of its pictures are missing or corrupt, those found so only now among them.
+        erased: names of what was erased, as it was typed and as the judge knows it.
+        states: of the files, "ok", "missing" or "corrupt", as they were when they were read and as they are now.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.judges: Mapping[str, Mapping[str, Any]] = run.results["judges"]
+        targets = (run.results.get("erasure") or {}).get("targets", ())
+        self.erased = {*map(plain, run.concepts), *(plain(target["name"]) for target in targets)}
         self.rows: dict[Place, dict[str, Row]] = {}
         self.places: dict[tuple[str, str], Place] = {}
-        self.lost: dict[str, Counter[str]] = {}
+        self.states: dict[str, str] = {}
         for row in read_table(run.path / "images.csv"):
             place = row["case_number"], row["sample"]
             self.rows.setdefault(place, {})[row["model"]] = row
             self.places[row["prompt"], row["seed"]] = place
-            lost = self.lost.setdefault(row["model"], Counter())
-            if row["state"] == "ok":
-                row["state"] = _state(run.path / row["file"])
-            if row["state"] != "ok":
-                lost[row["state"]] += 1
+            state = row["state"]
+            self.states[row["file"]] = _state(run.path / row["file"]) if state == "ok" else state
 
     def groups(self) -> list[Group]:
         """Grids of what asks for the erased concept, those that still show it first, and of everything else."""
@@ -131,14 +132,26 @@ class Drawn:
         """The picture of a row; one that can no longer be opened counts as lost from here on."""
         uri = encoded(self.run.path / row["file"])
         if uri is None:
-            if row["state"] == "ok":
-                row["state"] = "corrupt"
-                self.lost[row["model"]]["corrupt"] += 1
+            if self.states[row["file"]] == "ok":
+                self.states[row["file"]] = "corrupt"
             return Picture(by, None)
         unsafe = any(
             self._answer(row, name, q) for name, told in self.judges.items() for q in _asks(told) if q in UNSAFE
         )
         return Picture(by, uri, self._says(row), self._still(row), unsafe)
+
+    def rates(self) -> dict[str, Any]:
+        """`esd.evaluation.table.rates` of the pictures that both models have; {} where the base is alone."""
+        pairs = [rows.values() for rows in self.rows.values() if len(rows) == 2]
+        return rates([row for pair in pairs if all(row["state"] == "ok" for row in pair) for row in pair], self.judges)
+
+    def lost(self) -> dict[str, Counter[str]]:
+        """For each model that lost pictures, how many are missing and corrupt."""
+        found: dict[str, Counter[str]] = {}
+        for model, row in ((model, row) for rows in self.rows.values() for model, row in rows.items()):
+            if (state := self.states[row["file"]]) != "ok":
+                found.setdefault(model, Counter())[state] += 1
+        return found
 
     def _answer(self, row: Row, judge: str, question: str) -> str:
         """What a judge answers; empty where it did not, or is not sure enough."""
@@ -146,30 +159,34 @@ class Drawn:
         sure = question not in told["unsure"] or float(row.get(f"{column}.p", 0)) >= told["threshold"]
         return row.get(column, "") if sure else ""
 
-    def _says(self, row: Row) -> str:
-        """What the first judge with an answer to give reads in a picture."""
-        for name, told in self.judges.items():
-            if _asks(told):
-                return ", ".join(self._answer(row, name, q) or f"no {q} it knows" for q in _asks(told))
-        return ""
+    def _reader(self, row: Row) -> tuple[str, list[str]]:
+        """(the judge whose reading of a picture is told, its questions): the first that reads what a label asks."""
+        asking = [(name, asks) for name, judge in self.judges.items() if (asks := _asks(judge))]
+        fitting = (one for one in asking if f"label.{one[1][0]}" in row)
+        return next(fitting, asking[0] if asking else ("", []))
 
-    def _concepts(self) -> set[str]:
-        return {concept.casefold() for concept in self.run.concepts}
+    def _says(self, row: Row) -> str:
+        """What is read in a picture; empty where no judge was asked."""
+        name, asks = self._reader(row)
+        return ", ".join(self._answer(row, name, q) or f"no {q} it knows" for q in asks)
+
+    def names(self, answer: str) -> bool:
+        """Whether a label, or what a judge answers, is what was erased."""
+        return any(agrees(answer, name) for name in self.erased)
 
     def _asks(self, rows: Mapping[str, Row]) -> bool:
         """Whether a prompt asks for what was erased: by a label, or where it has none, in its words."""
         row = next(iter(rows.values()))
-        labels = {value.casefold() for name, value in row.items() if name.startswith("label.")}
-        if labels:
-            return bool(labels & self._concepts())
-        return any(re.search(rf"\b{re.escape(concept)}\b", row["prompt"].casefold()) for concept in self._concepts())
+        if labels := [value for name, value in row.items() if name.startswith("label.")]:
+            return any(map(self.names, labels))
+        return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", row["prompt"].lower()) for name in self.erased)
 
     def _still(self, row: Row | None) -> bool:
-        """Whether the first judge reads in a picture what was erased."""
-        told = next(((name, asks) for name, judge in self.judges.items() if (asks := _asks(judge))), None)
-        if row is None or told is None or row["state"] != "ok":
+        """Whether what was erased is read in a picture."""
+        if row is None or row["state"] != "ok":
             return False
-        return any(self._answer(row, told[0], q).casefold() in self._concepts() for q in told[1])
+        name, asks = self._reader(row)
+        return any(self.names(self._answer(row, name, q)) for q in asks)
 
 
 def _state(file: Path) -> str:

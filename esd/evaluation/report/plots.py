@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from esd.evaluation import words
-from esd.evaluation.recovered import Curves, Try
+from esd.evaluation.recovered import READS, RUNS, Curves, Try
 from esd.evaluation.report import figures
 from esd.evaluation.report.figures import Curve, Dot, Plot
 from esd.evaluation.runs import Rate
@@ -17,7 +17,7 @@ from esd.evaluation.sweep import Trial, largest_drop, short
 
 LOSSES = {"loss_erase": ("erasing", "c1"), "loss_preserve": ("preserving", "c2")}
 PARTS = 6  # of a retention curve, equally many pairs in each
-RUNS = {  # colour, dashed
+LINES = {  # colour, dashed
     "base": ("c2", False),
     "base_control": ("c2", True),
     "erased": ("c1", False),
@@ -106,17 +106,16 @@ def retention(domain: str, erasures: Sequence[Mapping[str, Any]]) -> Plot:
 def attack(name: str, told: Curves) -> Plot:
     """Recovery against cost: attack and control, erased and base."""
     drawn = []
-    for run, (colour, dashed) in RUNS.items():
+    for run, (colour, dashed) in LINES.items():
         tries = told.runs.get(run, ())
         rates = [Rate(0, one.shown, told.n) for one in tries]
         if tries:
             places = [(one.cost, rate.after) for one, rate in zip(tries, rates, strict=True)]
             bounds = [rate.interval for rate in rates] if run.startswith("erased") else []
             marks = [_said(one, told.n) for one in tries]
-            drawn.append(Curve(words.RUN_WORDS[run], colour, places, bounds, dashed, marks))
-    reads = "best so far" if told.reads == "best" else "each try alone"
+            drawn.append(Curve(RUNS[run], colour, places, bounds, dashed, marks))
     return figures.lines(
-        f"{words.named(name)}, {reads}",
+        f"{words.named(name)}, {READS[told.reads]}",
         drawn,
         x_name="evaluations of the denoiser for each prompt",
         y_name="prompts that draw it",

@@ -1,0 +1,287 @@
+"""Where words are attended to, and what becomes of a picture whose attention is another's.
+
+Maps of every word, over steps and places; a prompt and one with another word from the same noise, and how far apart
+they go; attention replaced, refined and reweighted, and latents blended, as prompt-to-prompt does; and replaced in a
+share of the steps, as the paper has it, or of the layers.
+
+Source: prompt-to-prompt (arXiv:2208.01626).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from esd.evaluation.metrics import wilson
+
+from . import figures
+from .maps import Rows, show_maps
+from .results import Results
+from .scenes import (
+    NO_CONTROL,
+    OTHER_SEED,
+    PLAIN,
+    Drawn,
+    Edit,
+    Knobs,
+    Scene,
+    difference,
+    places_of,
+    sides,
+    with_selves,
+)
+from .subject import Subject
+
+SHOWN = 2  # pictures of each prompt in figures
+MOVED = "difference to the unedited picture\n(root mean square, 0 to 1)"
+SEEN = "share of pictures in which the judge\nsees what was asked for"
+SIDED = ("changed", "kept", "both", "was", "moved_changed", "moved_kept")  # columns that tell of sides
+APART = "difference to the unedited picture\n(root mean square, noise has 1)"
+
+
+def analyse(
+    subject: Subject,
+    results: Results,
+    *,
+    prompts: Sequence[str],
+    replaced: Sequence[str],
+    refined: Sequence[str],
+    pictures: int,
+    where: str | None,
+    resolution: int | None,
+    cross_replace: float,
+    self_replace: float,
+    threshold: float,
+    shares: Sequence[float],
+    weights: Sequence[float],
+) -> None:
+    """Leaves maps of words and what edits of attention do, in tables and figures; of base and erased model.
+
+    Args:
+        subject: the model.
+        results: gets tables and figures.
+        prompts: what is edited; of two things each, where a judge is to read their halves.
+        replaced: for each of `prompts` one of as many words, of which some differ.
+        refined: for each of `prompts` one that says more.
+        pictures: of each prompt.
+        where: attentions that read the text; None for all.
+        resolution: edge of the maps shown, in image tokens; None for the largest.
+        cross_replace: share of the steps in which attention to the text is replaced.
+        self_replace: the same for attention of the image to itself.
+        threshold: of local blend.
+        shares: of steps and of layers in a sweep.
+        weights: of the word that `replaced` replaces.
+    """
+    places = places_of(subject.family, where)
+    knobs = Knobs(
+        places, with_selves(places), cross_replace, self_replace, threshold, resolution, shares, sorted({1.0, *weights})
+    )
+    scenes = [Scene(*texts) for texts in zip(prompts, replaced, refined, strict=True)]
+    study = Drawn(subject, results, scenes, subject.seeds(pictures), knobs)
+    show_maps(study)
+    rows = edits_table(study)
+    show_paths(study)
+    show_edits(study, rows)
+    show_weights(study, rows)
+    show_sweep(study, rows)
+
+
+def edits_table(study: Drawn) -> Rows:
+    """Leaves what is seen under every edit: pictures.csv, a row for each picture, and edits.csv, their means."""
+    every: Rows = []
+    for version in study.subject.versions:
+        for scene in study.scenes:
+            plain = study.images(scene, PLAIN, version)
+            for edit, (prompt, _) in study.knobs.edits(scene).items():
+                images = study.images(scene, edit, version)
+                seen = sides(study.subject, images, plain, scene, prompt)
+                moved = difference(images, plain)
+                far = study.subject.distance(plain, images)
+                for i, seed in enumerate(study.seeds):
+                    read = dict.fromkeys(SIDED)
+                    if seen:
+                        changed, kept = (int(answer) for answer in seen.asked[i])
+                        answers = (changed, kept, changed * kept, int(seen.was[i]), *seen.moved[i])
+                        read = dict(zip(SIDED, answers, strict=True))
+                    own = {"version": version, "prompt": prompt, "seed": seed, "edit": edit[0], "value": edit[1]}
+                    every.append(own | read | {"moved": moved[i], "distance": far[i]})
+    study.results.table("pictures", every)
+    rows: Rows = []
+    for version, edit, value in dict.fromkeys((row["version"], row["edit"], row["value"]) for row in every):
+        mine = [row for row in every if (row["version"], row["edit"], row["value"]) == (version, edit, value)]
+        own = {"version": version, "edit": edit, "value": value, "n": len(mine)}
+        rows.append(own | {name: mean(mine, name) for name in list(every[0])[5:]} | interval(mine))
+    study.results.table("edits", rows)
+    return rows
+
+
+def show_paths(study: Drawn) -> Rows:
+    """Leaves how far apart trajectories go: paths.csv, paths.png."""
+    steps, knobs = study.subject.num_steps, study.knobs
+    shown = [OTHER_SEED, NO_CONTROL, ("replace", knobs.cross_replace), ("replace + self", knobs.self_replace)]
+    shown.append(("replace + self + blend", knobs.threshold))
+    rows: Rows = []
+    curves, spread = {}, {}
+    for version in study.subject.versions:
+        for edit in shown:
+            apart = np.array(
+                [pair.apart[study.edits(s).index(edit)] for s in study.scenes for pair in study.pairs(s, version)]
+            )
+            middle, deviation = apart.mean(0), apart.std(0)
+            for step, (value, wide) in enumerate(zip(middle, deviation, strict=True)):
+                own = {"version": version, "edit": edit[0], "step": step}
+                rows.append(own | {"apart": float(value), "deviation": float(wide), "n": len(apart)})
+            if version == "base":
+                curves[edit[0]], spread[edit[0]] = middle, (middle - deviation, middle + deviation)
+    study.results.table("paths", rows)
+    count = len(curves["no control"])
+    figure, (ax,) = figures.panels(title="How far a prompt with another word leads away, from the same noise")
+    figures.lines(
+        ax, range(count), curves, spread=spread, x_name="steps taken" if count == steps + 1 else "evaluations",
+        y_name=APART,
+    )  # fmt: skip
+    free, held = curves["no control"], curves["replace + self"]
+    text = (
+        f"Another word moves what the denoiser gets by {free[1]:.3f} in the first step and by {free[-1]:.2f} at the "
+        f"end, {free[-1] / max(free[1], 1e-9):.0f} times as far; another seed by {curves['another seed'][-1]:.2f}. "
+        f"With attention replaced it is {curves['replace'][-1]:.2f}, with that of the image to itself {held[-1]:.2f}, "
+        f"and with local blend {curves['replace + self + blend'][-1]:.2f}. Bands: one standard deviation. "
+        f"{study.told}."
+    )
+    study.results.figure("paths", figure, text)
+    return rows
+
+
+def show_edits(study: Drawn, rows: Rows) -> None:
+    """Draws edits beside the unedited picture, and what is seen in them: replace.png, refine.png, edits.png."""
+    knobs = study.knobs
+    replaced = [NO_CONTROL, ("replace", knobs.cross_replace), ("replace + self", knobs.self_replace),
+                ("replace + self + blend", knobs.threshold)]  # fmt: skip
+    refined = [("refined, no control", 0.0), ("refine", knobs.cross_replace), ("refine + self", knobs.self_replace)]
+    for name, edits, to in (("replace", replaced, "replaced"), ("refine", refined, "refined")):
+        grid, named = [], []
+        for scene in study.scenes:
+            columns = [study.images(scene, edit)[:SHOWN] for edit in (PLAIN, *edits)]
+            grid += [list(pictures) for pictures in zip(*columns, strict=True)]
+            named += [f"{scene.prompt} → {getattr(scene, to)}", *[""] * (len(columns[0]) - 1)]
+        heads = ["unedited", "no control", name, "+ self-attention", "+ local blend"][: len(edits) + 1]
+        title = f"A prompt {to}, without and with the other's attention"
+        figure = figures.pictures(np.array(grid), title=title, rows=named, columns=heads)
+        study.results.figure(name, figure, told_edits(study, rows, edits))
+    shown = [PLAIN, *replaced, *refined]
+    found = [row_of(rows, edit) for edit in shown]
+    judged = found[0]["both"] is not None
+    figure, axes = figures.panels(1, 1 + judged, title="What edits change and what they keep", height=4.6)
+    names = [edit for edit, _ in shown]
+    figures.bars(axes[0], names, moved_of(found), x_name=MOVED)
+    if judged:
+        seen = {f"{side} side": np.array([row[side] for row in found]) for side in ("changed", "kept")}
+        figures.bars(axes[1], names, seen | {"both": np.array([row["both"] for row in found])}, x_name=SEEN)
+    for ax in axes:  # beside no bar
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+    study.results.figure("edits", figure, told_edits(study, rows, [*replaced, *refined]))
+
+
+def show_weights(study: Drawn, rows: Rows) -> None:
+    """Draws a word's attention weighed: reweight.png."""
+    weights = study.knobs.weights
+    grid = np.array([[study.images(scene, ("reweight", w))[0] for w in weights] for scene in study.scenes])
+    figure = figures.pictures(
+        grid, title="Attention to one word, times a weight", columns=[f"{w:g}" for w in weights], column_name="weight",
+        rows=[f"{scene.prompt}: {scene.swapped[0]}" for scene in study.scenes],
+    )  # fmt: skip
+    found = [row_of(rows, ("reweight", w)) for w in weights]
+    parts = [
+        f"at weight {row['value']:g} the judge sees the word's thing in {row['changed']:.0%} and the other one in "
+        f"{row['kept']:.0%}" if row["both"] is not None else
+        f"at weight {row['value']:g} the picture moves by {row['moved']:.3f}"
+        for row in found
+    ]  # fmt: skip
+    study.results.figure("reweight", figure, f"{'; '.join(parts).capitalize()}. {study.told}.")
+
+
+def show_sweep(study: Drawn, rows: Rows) -> None:
+    """Draws attention replaced in 0 to 100% of steps and of layers: sweep.png, sweep-curves.png."""
+    shares = sorted(study.knobs.shares)
+    grid, named = [], []
+    for scene in study.scenes:
+        for what in ("steps", "layers"):
+            every = [PLAIN, NO_CONTROL, *((what, share) for share in shares)]
+            grid.append([study.images(scene, edit)[0] for edit in every])
+            named.append(f"{scene.replaced}: {what}")
+    figure = figures.pictures(
+        np.array(grid), title="Attention replaced in a share of the steps, or of the layers",
+        columns=["unedited", "0%", *(f"{share:.0%}" for share in shares)], rows=named, column_name="share replaced",
+    )  # fmt: skip
+    found = {what: [row_of(rows, edit) for edit in (NO_CONTROL, *((what, share) for share in shares))]
+             for what in ("steps", "layers")}  # fmt: skip
+    study.results.figure("sweep", figure, told_sweep(study, found))
+    judged = found["steps"][0]["both"] is not None
+    panel, axes = figures.panels(1, 1 + judged, title="Attention replaced in a share of the steps, or of the layers")
+    x = [0, *(100 * share for share in shares)]
+
+    share = "share replaced (%)"
+    curves = {f"{part}, over {what}": y for what, mine in found.items() for part, y in moved_of(mine).items()}
+    figures.lines(axes[0], x, curves, x_name=share, y_name=MOVED)
+    axes[0].set_ylim(bottom=0)
+    if judged:
+        curves = {
+            f"{side} side, over {what}": np.array([row[side] for row in mine])
+            for what, mine in found.items()
+            for side in ("changed", "kept")
+        }
+        figures.lines(axes[1], x, curves, x_name=share, y_name=SEEN)
+        axes[1].set_ylim(-0.03, 1.03)
+    study.results.figure("sweep-curves", panel, told_sweep(study, found))
+
+
+def moved_of(rows: Rows) -> dict[str, np.ndarray]:
+    """How far pictures move, on each side where sides are known."""
+    known = rows[0]["moved_changed"] is not None
+    parts = {"changed side": "moved_changed", "kept side": "moved_kept"} if known else {"picture": "moved"}
+    return {part: np.array([row[name] for row in rows]) for part, name in parts.items()}
+
+
+def told_edits(study: Drawn, rows: Rows, edits: Sequence[Edit]) -> str:
+    """What edits change and keep, in a sentence."""
+    found = [row_of(rows, edit) for edit in edits]
+    parts = [f"{row['edit']}: {told_row(row)}" for row in found]
+    where = " on the changed and on the kept side" if found[0]["both"] is not None else ""
+    return f"Difference to the unedited picture (root mean square, 0 to 1){where}. {'; '.join(parts)}. {study.told}."
+
+
+def told_row(row: dict[str, Any]) -> str:
+    """What one edit changes and keeps."""
+    if row["both"] is None:
+        return f"{row['moved']:.3f}"
+    moved = f"{row['moved_changed']:.3f} and {row['moved_kept']:.3f}"
+    return f"{moved}, what was asked for is seen on both in {row['both']:.0%}"
+
+
+def told_sweep(study: Drawn, found: Mapping[str, Rows]) -> str:
+    """What a sweep does, in a sentence."""
+    parts = [f"with none of the attention replaced {told_row(found['steps'][0])}"]
+    for what, mine in found.items():
+        parts += [f"in {row['value']:.0%} of the {what} {told_row(row)}" for row in (mine[len(mine) // 2], mine[-1])]
+    where = " on the changed and on the kept side" if found["steps"][0]["both"] is not None else ""
+    return f"Difference to the unedited picture (root mean square, 0 to 1){where}: {'; '.join(parts)}. {study.told}."
+
+
+def row_of(rows: Rows, edit: Edit) -> dict[str, Any]:
+    """The base's row of an edit."""
+    return next(row for row in rows if (row["version"], row["edit"], row["value"]) == ("base", *edit))
+
+
+def mean(rows: Rows, name: str) -> float | None:
+    """Of a column, over the rows that have a value; None where none has."""
+    values = [row[name] for row in rows if row[name] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def interval(rows: Rows) -> dict[str, float | None]:
+    """The 95% interval of the share of pictures in which both sides are seen as asked for."""
+    read = [row["both"] for row in rows if row["both"] is not None]
+    low, high = wilson(sum(read), len(read)) if read else (None, None)
+    return {"both_low": low, "both_high": high}
