@@ -642,13 +642,13 @@ class WalkthroughConfig(AnalysisSettings):
     scales: list[float] = option([0.0, 1.0, 2.0, 4.0, 8.0, 16.0], "of guidance; 0 is the null prompt's", at_least=0)
     blue: list[float] = option([0.0, 25.0, 50.0, 75.0, 100.0], "scales of guidance towards blue", at_least=0)
     drawings: list[str] = option(
-        [], "files of pictures that the prompt describes, to learn a new word from; [] has the model draw it"
+        [], "files of pictures that the prompt describes, to learn a new word from; [] has the base draw it"
     )
     elsewhere: list[str] = option(
         ["a cat in the watercolor style", "a cat in the neon style", "a cat in the flat style"],
         "prompts in which the new word is then tried",
     )
-    updates: int = option(400, "of the new word's embedding", at_least=1)
+    updates: int = option(105, "of the new word's embedding", at_least=1)
     lr: float = option(0.01, "learning rate of the new word's embedding", above=0)
 
     def check(self) -> None:

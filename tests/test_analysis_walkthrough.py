@@ -250,3 +250,18 @@ def test_a_word_that_the_model_spells_is_refused(command: Command) -> None:
         "analyze", "analysis=walkthrough", "model.path=base", "run_dir=out", "walkthrough.words=[cat,zebra]"
     )
     assert ended.code == 2 and "'zebra' is several tokens" in ended.err, ended.err
+
+
+def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_generate import erased_weights
+
+    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 4)
+    erased_weights(command.folder / "weights/erased.safetensors")
+    settings = [f"walkthrough.{key}={value}" for key, value in FEW.items()]
+    fast = ("analysis=walkthrough", "model.path=base", "num_steps=2", "device=cpu", "checkpoint=weights", *settings)
+    ended = command("analyze", *fast, "run_dir=out")
+    assert ended.code == 0, ended.err
+    captions = (command.folder / "out/captions.md").read_text()
+    assert "Learned from 6 pictures that the base draws of the prompt" in captions
+    told = (command.folder / "out/facts.json").read_text()
+    assert '"concepts"' in told

@@ -18,7 +18,7 @@ from esd.analysis.subject import Subject
 from esd.evaluation.attacks.subject import Subject as Attacked
 from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.prompts import PromptRow
-from esd.families import Conditioning, Family
+from esd.families import Conditioning, Denoiser, Family
 from esd.interventions import Guide, sample
 from esd.trajectory import Edit, Trajectory, clean, first_stages, mixed, rollout
 
@@ -107,13 +107,13 @@ def img2img(subject: Subject, x_0: Tensor, cond: Conditioning, seeds: Sequence[i
 
 def noised(subject: Subject, solver: Any, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t as a solver keeps it; see `esd.evaluation.attacks.subject.Subject.noised`."""
-    return attacked(subject, []).noised(solver, x_0, noise, t)
+    return attacked(subject, [], subject.family.denoiser).noised(solver, x_0, noise, t)
 
 
-def attacked(subject: Subject, rows: Sequence[PromptRow]) -> Attacked:
-    """The model as attacks see it: it draws examples, and learns from them."""
+def attacked(subject: Subject, rows: Sequence[PromptRow], base: Denoiser) -> Attacked:
+    """The model as attacks see it, and a base that draws them examples."""
     draw = DrawSettings(subject.num_steps, subject.guidance_scale, subject.batch_size)
-    return Attacked(subject.family, subject.family.denoiser, subject.family.denoiser, rows, draw, subject.seed)
+    return Attacked(subject.family, subject.family.denoiser, base, rows, draw, subject.seed)
 
 
 def between(one: Conditioning, other: Conditioning, share: float) -> Conditioning:

@@ -15,6 +15,8 @@ from . import drawing, words
 from .drawing import images_of
 from .walker import COLUMNS, Walk
 
+FEW = 6  # pictures that a new word is learned from, unless files are given
+
 
 def show_embeddings(walk: Walk) -> None:
     """Token and position embeddings of the prompt."""
@@ -86,7 +88,7 @@ def show_new_word(
     assert isinstance(family, UNetFamily)
     known = words.drawings(subject, files) if files else None
     learning = words.Learning(
-        concept=word, steps=updates, lr=lr, every=max(1, updates // (COLUMNS - 1)), drawings=known
+        concept=word, steps=updates, lr=lr, every=max(1, updates // (COLUMNS - 1)), examples=FEW, drawings=known
     )  # fmt: skip
 
     def learned() -> np.ndarray:
@@ -120,14 +122,14 @@ def show_new_word(
     seen_by = "" if rows[0]["thing"] is None else (
         f" The judge sees what the prompt names in {rows[0]['thing']:.0%} before and {rows[-1]['thing']:.0%} after."
     )  # fmt: skip
-    source = f"{len(files)} drawings" if files else f"{learning.examples} pictures that the model draws of the prompt"
+    source = f"{len(files)} drawings" if files else f"{learning.examples} pictures that the base draws of the prompt"
     results.figure("new_word", figure, (
         f"Learned from {source}; the loss on noise that learning never saw goes from {told[0, 1]:.4f} to "
         f"{told[-1, 1]:.4f}, least {told[least, 1]:.4f} after {told[least, 0]:.0f}.{seen_by}"
     ))  # fmt: skip
     figure = figures.pictures(
         tried, title="The new word in other prompts", rows=[prompt.replace(word, "<v>") for prompt in elsewhere],
-        columns=walk.rows(),
+        columns=walk.rows(), width=5.5,
     )  # fmt: skip
     told_by = [
         f"{prompt.replace(word, '<v>')}: the judge sees {word} in {r['thing']:.0%}, the style in {r['style']:.0%}"

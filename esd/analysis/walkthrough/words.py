@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from esd import checkpoint
 from esd.analysis.subject import Subject
 from esd.errors import UserError
 from esd.evaluation.attacks.inversion import Inversion
@@ -79,7 +80,7 @@ class Learning(Inversion):
 
     Attributes:
         drawings: clean latents (m, c, h, w) to learn from, the first of the first row, and round again; None has the
-            model draw `examples` of the rows' prompts.
+            base draw `examples` of the rows' prompts.
     """
 
     name: ClassVar[str] = "walkthrough.new_word"
@@ -113,7 +114,7 @@ def learn(subject: Subject, caption: str, word: str, seeds: Sequence[int], learn
     """Learns a new word <v> from drawings, and draws with it now and then.
 
     Args:
-        subject: the model.
+        subject: the model; one with a checkpoint wears it, and learns from what the base draws.
         caption: of the drawings, in which <v> takes the place of `word`.
         word: see `caption`.
         seeds: that are drawn from.
@@ -124,12 +125,13 @@ def learn(subject: Subject, caption: str, word: str, seeds: Sequence[int], learn
     """
     family = subject.family
     rows = [PromptRow(number, caption, seed) for number, seed in enumerate(seeds)]
-    one = attacked(subject, rows)
+    base: Any = checkpoint.base_view(family.pipe) if subject.checkpoint else family.denoiser
+    one = attacked(subject, rows, base)
     learning.check(family, rows, one.draw)
     family.encode([caption])
     family.null()
     found = []
-    with Model(family, family.denoiser).at_work(*learning.parts):
+    with Model(family, base).at_work(*learning.parts):
         for tried in learning.tries(one):
             vectors = [vector.clone() for vector in tried.found or ()]
             told: Any = tried.tried
