@@ -189,8 +189,8 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
                 }
             )  # fmt: skip
     study.results.table("start", rows)
-    curves = {"from the unedited picture": "own", "with one other prompt from with another": "prompt"}
-    curves |= {"with one seed of the other run from with another": "seed"} if study.flows else {}
+    curves = {"from the unedited picture": "own", "between two other prompts": "prompt"}
+    curves |= {"between two seeds of the other run": "seed"} if study.flows else {}
     figure, axes = figures.panels(1, len(study.plain), title="Another prompt's text, from one layer on", height=4.4)
     for ax, version in zip(axes, study.plain, strict=True):
         mine = [row for row in rows if row["version"] == version]
@@ -199,6 +199,7 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
             x_name="first layer that reads it", y_name="distance (1 = as far as another prompt's)",
             title=version if len(study.plain) > 1 else "", ticks=names,
         )  # fmt: skip
+        ax.set_ylim(bottom=0)
     study.results.figure("start", figure, f"{depends(study, rows)} n = {rows[0]['n']} for each start; {told(study)}.")
     return rows
 
