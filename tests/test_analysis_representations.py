@@ -229,5 +229,5 @@ def test_the_program_measures_base_and_erased(command: Command) -> None:
     with (command.folder / "out/levels.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"base", "erased"}
-    ended = command("analyze", *fast[:4], "run_dir=wrong", "representations.positions=[mid_blok]")
+    ended = command("analyze", *fast[:4], "run_dir=nowhere", "representations.positions=[mid_blok]")
     assert ended.code == 2 and "position 'mid_blok'" in ended.err and len(ended.err.splitlines()) == 1

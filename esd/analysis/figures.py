@@ -20,7 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
 WIDTH = 9.0  # inches, 900 pixels where a page shows 100 to an inch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -98,9 +98,9 @@ def lines(
 
 
 def plain_numbers(axis: Axis) -> None:
-    """0.2 and 3 along a logarithmic axis, in place of powers of ten."""
+    """0.2 and 3 along a logarithmic axis, in place of powers of ten; only those that begin with 1, 2, 3 or 5."""
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else ""))
 
 
 def bars(
