@@ -14,8 +14,14 @@ from esd.sources import Bank, Source
 from esd.trainer import point_sources
 
 
-def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
+def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: tuple[int, float] | None = None) -> str:
     """What would be trained, for a person to read before it starts; finds whatever is wrong with the plan.
+
+    Args:
+        family: of the base.
+        plan: what is trained.
+        num_processes: that share an update.
+        drawn: (num_steps, guidance_scale) of the pictures drawn afterwards; None for none.
 
     Raises:
         UserError: the selection matches nothing, no latents have the size asked for, blocks are to be compiled and
@@ -57,7 +63,8 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1) -> str:
         "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
     }
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
-    warnings += [f"{'mind':<10} {told}" for told in family.advice(sampling.num_steps, sampling.guidance_scale)]
+    settings = {"trajectory": (sampling.num_steps, sampling.guidance_scale)} | ({"evaluation": drawn} if drawn else {})
+    warnings += [f"{'mind':<10} {name}.{told}" for name, how in settings.items() for told in family.advice(*how)]
     return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
 
 

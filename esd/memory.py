@@ -36,7 +36,8 @@ from torch.utils._pytree import tree_leaves
 from esd import float8, objectives
 from esd.families import Conditioning, Family
 from esd.plan import TrainPlan
-from esd.trainer import LEAST_8BIT, make_views
+from esd.sources import Source
+from esd.trainer import LEAST_8BIT, make_views, point_sources
 from esd.trajectory import times
 from esd.weights import Views
 
@@ -118,20 +119,19 @@ def measure(
     """
     names, cond = family.select(plan.selection).names, cond.to(dtype=family.dtype)
     latents = family.latent_shape(plan.sampling.size)
-    guided = family.guidance == "cfg"
-    rows = 2 if guided and plan.sampling.guidance_scale > 1 else 1
-    asked = plan.sampling.max_batch
-    sampling = plan.sampling
-    free = plan.sampler == "teacher" and sampling.scaled_input and not (plan.erase_from or sampling.negative)
-    asking = plan.batch_size * (plan.staleness or 1) * max(rows, 3 if plan.erase_from else 2)
-    sampled = min(asked, asking if not plan.rollouts else rows * plan.rollouts if free else asked)
+    guided = family.guidance == "cfg" and guidance_scale > 1
+    blank = Conditioning({name: torch.ones(1) for name in cond.tensors})
+    student, teacher = object(), object()  # asked nothing here: only that they are two
+    erasing, preserving = point_sources(family, plan, student, teacher, processes, stand_in=blank)
+    sources = [source for source in (erasing, preserving) if source]
+    sampled = max(source.most_rows(plan.batch_size) for source in sources)
     with _stand_in(family, plan, names, cond, mixed_precision) as model:
         parameters = model.views.parameters()
         trained = sum(map(_size, parameters))
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
         passing = model.passing(sampled, latents)
         learning = model.learning(plan, latents) - trained
-        drawing = model.passing(images * (2 if guided and guidance_scale > 1 else 1), family.latent_shape())
+        drawing = model.passing(images * (2 if guided else 1), family.latent_shape())
     denoiser, gradients = weights(family.denoiser), trained
     # pictures are of erased weights, which float8 would round away: those selected are drawn with as they are
     frozen, drawn = float8.spared(family.denoiser), float8.spared(family.denoiser, but=names)
@@ -142,7 +142,7 @@ def measure(
         "Adam's moments": moments(plan, parameters),
         "DDP's buckets": gradients if processes > 1 else 0,
     }
-    kept, making = points(family, plan, cond)
+    kept, making = points(family, plan, cond, sources)
     keeps_gradients = plan.rollouts == 0 and plan.gradient_accumulation > 1
     parts = {
         "encode": {"text encoders": sum(map(weights, family.modules("encoders")))},
@@ -229,12 +229,13 @@ def moments(plan: TrainPlan, parameters: Iterable[Tensor]) -> int:
     return sum(2 * (n + 4 * math.ceil(n / 256) + 4 * 256) if n >= LEAST_8BIT else 8 * n for n in sizes)
 
 
-def points(family: Family, plan: TrainPlan, cond: Conditioning) -> tuple[int, int]:
+def points(family: Family, plan: TrainPlan, cond: Conditioning, sources: Sequence[Source]) -> tuple[int, int]:
     """Bytes of training points and encoded prompts: those that are kept, and the most there is while they are made.
 
     A bank's points are x_t and the teacher's predictions, float32. While they are made there are the rollout, of x_t
     before and after scaling and two predictions, as the solver leaves it and stacked; and in the end the points
-    themselves beside their parts.
+    themselves beside their parts. Where predictions are asked for besides, the rollout is there as it was stacked,
+    with x_t, the free predictions and, for each that is asked for, x_t once more and the answers, in parts and joined.
     """
     sampling = plan.sampling
     latents = family.latent_shape(sampling.size)
@@ -251,8 +252,9 @@ def points(family: Family, plan: TrainPlan, cond: Conditioning) -> tuple[int, in
     part = min(plan.rollouts, max(1, sampling.max_batch // 2))
     kept = plan.rollouts * visits * (erasing + preserving) * one
     last = plan.rollouts * visits * max(erasing, preserving) * one
-    making = max(last, part * visits * 8 * one)
-    return encoded + kept, encoded + kept + making
+    asked = max(len(source.missing) for source in sources)
+    making = max(last, part * visits * max(8, 6 + 3 * asked if asked else 0) * one)
+    return encoded + kept, encoded * (2 if asked else 1) + kept + making
 
 
 class Counter(TorchDispatchMode):

@@ -41,7 +41,7 @@ from . import seeding
 from .errors import UserError
 from .families.base import Conditioning, Denoiser, Family, Null
 from .objectives import Anchor
-from .trajectory import TimeRule, Times, Trajectory, predict_many, rollout, times
+from .trajectory import TimeRule, Times, Trajectory, conditionings_of, predict_many, rollout, times
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,12 @@ class Source(Protocol):
     Attributes:
         conditions: the prompts.
         updates_per_build: updates whose points are drawn before the first of them, by the sampler as it is then.
+        missing: predictions that are not free: they take calls of the teacher of their own.
     """
 
     conditions: Conditions
     updates_per_build: int
+    missing: tuple[Anchor, ...]
 
     def begins(self, step: int) -> bool:
         """Whether points are drawn before update `step`, by the sampler as it is then."""
@@ -203,6 +205,9 @@ class Source(Protocol):
 
     def visited(self, updates: int) -> set[int]:
         """The prompts (rows of `Conditions`) that so many updates train on."""
+
+    def most_rows(self, samples: int) -> int:
+        """Most rows in one call of the denoiser while points are drawn, for `points` of so many samples."""
 
 
 class OnPolicy(Source):
@@ -243,6 +248,7 @@ class OnPolicy(Source):
         self.conditions, self.sampling, self.per_update, self.seed = conditions, sampling, per_update, seed
         self.times = _times(family, sampling)
         self.updates_per_build = staleness
+        self.missing = _missing(self, ())
         self._build = -1
         self._built: dict[int, Points] = {}  # by sample index: one point for each update of the build
 
@@ -281,6 +287,11 @@ class OnPolicy(Source):
         path = _roll(self, prompt, noise, stop=[self.times.stops[k] for k, _ in draws], keep="last")
         t = torch.tensor([label for _, label in draws], device=path.t.device)
         return _complete(self, _seen(self, path)[0], t, prompt.to(t.device), {})
+
+    def most_rows(self, samples: int) -> int:
+        """See `Source`."""
+        made = samples * self.updates_per_build
+        return min(self.sampling.max_batch, made * max(_passes(self), len(self.missing)))
 
     def visited(self, updates: int) -> set[int]:
         """The prompts (rows of `Conditions`) that so many updates train on."""
@@ -343,6 +354,8 @@ class Bank(Source):
                 f"less than one update of {per_update} samples; raise rollouts or reuse"
             )
         self.updates_per_build = min(self.updates_per_build, staleness or self.updates_per_build)
+        self._free = self._made_anyway()
+        self.missing = _missing(self, self._free)
         self._built: tuple[int, Points] | None = None
 
     @torch.no_grad()
@@ -395,7 +408,27 @@ class Bank(Source):
         """The points of a build that serve, rollout by rollout, float32 on the denoiser's device."""
         serving = self._serving(build)
         numbers = (serving // len(self.times.stops)).unique()
-        return Points.cat([self._part(build, part, serving) for part in numbers.split(self.sampling.max_batch // 2)])
+        return Points.cat([self._part(build, part, serving) for part in numbers.split(self.at_once)])
+
+    @property
+    def at_once(self) -> int:
+        """Most rollouts that run together."""
+        return min(self.rollouts, self.sampling.max_batch // 2)
+
+    def most_rows(self, samples: int) -> int:
+        """See `Source`; a build does not depend on `samples`."""
+        points = min(self.at_once * len(self.times.stops), self.updates_per_build * self.per_update)
+        return min(self.sampling.max_batch, max(self.at_once * _passes(self), points * len(self.missing)))
+
+    def _made_anyway(self) -> tuple[Anchor, ...]:
+        """The predictions that rollouts make at the very points and for the very conditionings that train."""
+        c, free = self.conditions, list[Anchor]()
+        if self.times.visited and self.sampler is self.teacher and self.sampling.scaled_input:
+            if self.family.with_guidance(c.rolled, self.sampling.guidance_scale) is c.rolled:
+                free.append("concept" if c.rolled is c.concept else "erase_from")
+            if c.negative is None and _passes(self) == 2:
+                free.append("null")
+        return tuple(free)
 
     def _part(self, build: int, part: Tensor, serving: Tensor) -> Points:
         """The points of some rollouts of a build that are among those serving."""
@@ -415,13 +448,8 @@ class Bank(Source):
             for source in seeding.generators(self.seed, "bank time", build, numbers)
             for low, width in zip(self.times.low, self.times.width, strict=True)
         ]
-        c, predictions = self.conditions, dict[str, Tensor | None]()
-        if self.times.visited and self.sampler is self.teacher and self.sampling.scaled_input:
-            if self.family.with_guidance(c.rolled, self.sampling.guidance_scale) is c.rolled:
-                predictions["concept" if c.rolled is c.concept else "erase_from"] = path.cond
-            if c.negative is None:
-                predictions["null"] = path.null
-        free = {name: points(values) for name, values in predictions.items() if values is not None}
+        predictions = [(name, path.null if name == "null" else path.cond) for name in self._free]
+        free = {name: points(values) for name, values in predictions if values is not None}
         x = points(torch.cat([_seen(self, path), path.final[None]]))
         t, prompts = torch.tensor(labels)[rows], prompt.repeat_interleave(len(stops))[rows]
         return _complete(self, x, t.to(x.device), prompts.to(x.device), free)
@@ -481,17 +509,27 @@ def _roll(source: OnPolicy | Bank, prompt: Tensor, noise: list[torch.Generator],
     )
 
 
-def _complete(source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: dict[str, Tensor]) -> Points:
-    """Points with the teacher's predictions that are wanted: those in `free`, and the missing ones in one batch."""
+def _passes(source: OnPolicy | Bank) -> int:
+    """Rows of the denoiser's batch for each rollout: two under classifier-free guidance."""
     c = source.conditions
-    known = {"concept": c.concept[prompt], "null": c.null[[0] * len(x)]}
-    if c.erase_from is not None:
-        known["erase_from"] = c.erase_from[prompt]
-    wanted = [name for name in known if name in source.wanted]
-    predictions = {name: free[name] for name in wanted if name in free}
-    missing = [name for name in wanted if name not in free]
+    return len(conditionings_of(source.family, c.rolled, c.null, source.sampling.guidance_scale))
+
+
+def _missing(source: OnPolicy | Bank, free: Collection[Anchor]) -> tuple[Anchor, ...]:
+    """The predictions that are wanted and not free."""
+    known: list[Anchor] = ["concept", "null"] + (["erase_from"] if source.conditions.erase_from is not None else [])
+    return tuple(name for name in known if name in source.wanted and name not in free)
+
+
+def _complete(source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: Mapping[str, Tensor]) -> Points:
+    """Points with the teacher's predictions that are wanted: those in `free`, and the missing ones in one batch."""
+    c, missing = source.conditions, source.missing
+    predictions = {name: values for name, values in free.items() if name in source.wanted}
     if missing:
-        asked = [known[name] for name in missing]
-        got = predict_many(source.family, source.teacher, x, t, asked, source.sampling.max_batch)
+        conditionings = {"concept": c.concept, "null": c.null, "erase_from": c.student}
+        got = predict_many(
+            source.family, source.teacher, x, t, [conditionings[name] for name in missing], source.sampling.max_batch,
+            which=[torch.zeros_like(prompt) if name == "null" else prompt for name in missing],
+        )  # fmt: skip
         predictions |= dict(zip(missing, got, strict=True))
     return Points(x, t, prompt, **predictions)

@@ -49,7 +49,8 @@ def train(config: TrainConfig) -> int:
     if config.training.channels_last:
         family.channels_last()
     processes = config.training.processes or accelerator.num_processes
-    accelerator.print(describe(family, plan, processes), flush=True)
+    drawn = (config.evaluation.num_steps, config.evaluation.guidance_scale)
+    accelerator.print(describe(family, plan, processes, drawn=drawn), flush=True)
     check_evaluation(judge, family, config.evaluation)
     for word in family.unknown_words([*config.concepts, *config.erase_from]):
         accelerator.print(

@@ -222,10 +222,20 @@ def point_sources(
     student: Any,
     teacher: Any,
     num_processes: int,
+    *,
+    stand_in: Conditioning | None = None,
 ) -> tuple[Source, Source | None]:
     """Where the points to erase and to preserve come from; encodes every prompt and samples nothing yet.
 
     Preserved points are always the teacher's, and so is all they say: they are what must not change.
+
+    Args:
+        family: of the model.
+        plan: what is trained.
+        student: the live denoiser.
+        teacher: the frozen one.
+        num_processes: that share an update.
+        stand_in: one row for every prompt, where points are only counted; None encodes them.
 
     Raises:
         UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the model knows no
@@ -237,11 +247,12 @@ def point_sources(
             f"objective.embedded_guidance={told:g}: {family.name} is not told a guidance scale; allowed: 1, and "
             "trajectory.guidance_scale for sampling"
         )
-    null = family.with_guidance(family.null(objective.null), told)
-    negative = family.null(plan.sampling.negative) if plan.sampling.negative else None
+    null = family.with_guidance(stand_in or family.null(objective.null), told)
+    negative = (stand_in or family.null(plan.sampling.negative)) if plan.sampling.negative else None
 
     def encoded(prompts: Sequence[str]) -> Conditioning:
-        return family.with_guidance(family.encode(prompts), told)
+        rows = stand_in[[0] * len(prompts)] if stand_in else family.encode(prompts)
+        return family.with_guidance(rows, told)
 
     per_update = plan.batch_size * plan.gradient_accumulation * num_processes
 

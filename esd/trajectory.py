@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -203,19 +203,27 @@ def predict_many(
     t: Tensor,
     conditionings: Sequence[Conditioning],
     max_batch: int | None = None,
+    *,
+    which: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """One prediction (b, c, h, w) for each conditioning at the same x (b, c, h, w) and t (scalar or (b,)).
 
     All go through the denoiser as one batch, cut into calls of at most `max_batch` rows.
+
+    Args:
+        which: for each conditioning, which of its rows goes with each x, int64 (b,): a row that serves many x is then
+            there once, and not for all of them together. None where each has b rows, in order.
     """
     k, rows = len(conditionings), len(x) * len(conditionings)
     x_all, cond_all = torch.cat([x] * k), Conditioning.cat(conditionings)
+    first = [0, *accumulate(map(len, conditionings))]
+    picked = None if which is None else torch.cat([start + row for start, row in zip(first, which, strict=False)])
     t_all = t if t.ndim == 0 else t.repeat(k)
     size = max_batch or rows
     parts = [
         family.predict(denoiser, x_all[i : i + size], t_all if t.ndim == 0 else t_all[i : i + size], c)
         for i in range(0, rows, size)
-        for c in [cond_all[i : i + size]]
+        for c in [cond_all[slice(i, i + size) if picked is None else picked[i : i + size]]]
     ]
     return list(torch.cat(parts).chunk(k))
 

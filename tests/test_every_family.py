@@ -445,6 +445,10 @@ def test_guidance_that_a_model_does_not_want_is_legal_and_told() -> None:
     quiet = dataclasses.replace(LONG, sampling=dataclasses.replace(SAMPLING, num_steps=2, guidance_scale=0.0))
     told = describe(shared("sdxl-turbo"), quiet)
     assert "mind" not in told and "in 2 steps without guidance" in told
+    told = describe(shared("sdxl-turbo"), LONG, drawn=(20, 4.0))
+    assert "mind       trajectory.guidance_scale=3:" in told and "mind       evaluation.guidance_scale=4:" in told
+    told = describe(shared("sdxl-turbo"), quiet, drawn=(20, 4.0))
+    assert "trajectory.guidance_scale" not in told and "mind       evaluation.guidance_scale=4:" in told
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux-dev", "klein"])

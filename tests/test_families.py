@@ -214,7 +214,10 @@ def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_index\.json"):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="supported: StableDiffusionPipeline"):
+    with pytest.raises(UserError, match=rf"model\.path is '{tmp_path}'.*names no pipeline.*get the whole model again"):
+        load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MusicPipeline"}')
+    with pytest.raises(UserError, match=rf"'{tmp_path}'.* is a MusicPipeline; supported: StableDiffusionPipeline"):
         load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{not json")
     with pytest.raises(UserError, match="could not be loaded"):

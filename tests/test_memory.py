@@ -21,7 +21,7 @@ from esd.lora import Lora
 from esd.memory import Counter, Memory, Phase
 from esd.plan import TrainPlan
 from tests import tiny
-from tests.plans import PLAN
+from tests.plans import PLAN, SAMPLING
 from tests.programs import Command
 from tests.test_train_cli import train
 
@@ -41,23 +41,57 @@ def planned(made: Any, plan: TrainPlan, **how: Any) -> dict[str, Phase]:
     return {phase.name: phase for phase in memory.measure(made, plan, made.encode(["cat"]), **how).phases}
 
 
-@pytest.mark.parametrize("plan", [BUSY, THIN], ids=["full", "float8"])
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3.5", "flux-dev", "klein"])
-def test_training_makes_as_many_bytes_as_were_planned(name: str, plan: TrainPlan, tmp_path: Path) -> None:
-    """The same count over a real run of one update: all that it makes, bank, gradients and Adam's moments too."""
-    made = family(name)
-    expected = planned(made, plan)["train"]
+def counted(made: Any, plan: TrainPlan, folder: Path) -> int:
+    """The most bytes that a real run makes besides denoiser and prompts: bank, gradients and Adam's moments too."""
     made.encode([*plan.prompts, *plan.preserve, ""])
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
     counter = Counter()
     counter.ignore([*made.denoiser.parameters(), *made.denoiser.buffers()])
     with counter:
-        trainer.train(made, plan, tmp_path, accelerator)
+        trainer.train(made, plan, folder, accelerator)
+    return counter.peak
+
+
+@pytest.mark.parametrize("plan", [BUSY, THIN], ids=["full", "float8"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3.5", "flux-dev", "klein"])
+def test_training_makes_as_many_bytes_as_were_planned(name: str, plan: TrainPlan, tmp_path: Path) -> None:
+    """The same count over a real run of one update."""
+    made = family(name)
+    expected = planned(made, plan)["train"]
+    peak = counted(made, plan, tmp_path)
     there = expected.parts["frozen weights"] + expected.parts["trained weights"]
     if plan.frozen:  # adapters are made, and so is what is stored
         there = memory.weights(made.denoiser) - sum(4 * layer.weight.numel() for layer in linears(made.denoiser))
-    assert expected.total - there == pytest.approx(counter.peak, rel=0.1)
+    assert expected.total - there == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "how"),
+    [
+        ("sdxl-turbo", 0.0, {}),
+        ("klein", 1.0, {}),
+        ("flux-dev", 3.5, {}),
+        ("sdxl", 3.0, {"time_rule": "compvis", "scheduler": "ddim"}),
+    ],
+    ids=["turbo", "klein", "flux-dev", "compvis"],
+)
+def test_sampling_makes_no_more_bytes_than_were_planned_where_predictions_are_not_free(
+    name: str, guidance: float, how: Any, tmp_path: Path
+) -> None:
+    """The teacher is asked for all points together then, in far larger calls than a rollout's. The plan adds the
+    largest call to the most points, which are not there at once, and to Adam's moments, which come later.
+    """
+    made = family(name)
+    sampling = dataclasses.replace(SAMPLING, num_steps=8, guidance_scale=guidance, **how)
+    plan = dataclasses.replace(
+        PLAN, selection="esd_x_strict", batch_size=1, updates=1, rollouts=4, reuse=1, sampling=sampling
+    )
+    expected = planned(made, plan)
+    assert max(expected.values(), key=lambda phase: phase.total).name == "sample"
+    peak = counted(made, plan, tmp_path)
+    there = expected["sample"].total - memory.weights(made.denoiser)
+    assert 0.75 * there <= peak <= there
 
 
 def test_what_makes_a_phase_smaller_does() -> None:

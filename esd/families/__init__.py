@@ -92,7 +92,7 @@ def load_pipeline(
     check_model(path, setting=setting)
     try:
         index = DiffusionPipeline.load_config(str(path), revision=revision)
-        _check_supported(index.get("_class_name"))
+        _check_supported(index.get("_class_name"), f"{setting} is {str(path)!r}, in which ")
         without = _left_out(path, index, setting)
         pipe = DiffusionPipeline.from_pretrained(
             str(path), dtype=dtype, revision=revision, use_safetensors=True, **without
@@ -146,6 +146,10 @@ def _left_out(path: str | Path, index: Mapping[str, Any], setting: str) -> dict[
     return dict.fromkeys(missing) | ({"safety_checker": None} if "safety_checker" in index else {})
 
 
-def _check_supported(name: object) -> None:
+def _check_supported(name: object, where: str = "") -> None:
+    """Raises UserError for what is no supported pipeline; `where` goes before, up to "the pipeline is"."""
+    allowed = f"supported: {', '.join(_FAMILIES)}"
+    if name is None:
+        raise UserError(f"{where}model_index.json names no pipeline; get the whole model again; {allowed}")
     if name not in _FAMILIES:
-        raise UserError(f"the pipeline is a {name}; supported: {', '.join(_FAMILIES)}")
+        raise UserError(f"{where}the pipeline is a {name}; {allowed}")

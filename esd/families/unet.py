@@ -203,7 +203,7 @@ class StableDiffusionXL(UNetFamily):
         if turbo and solver.config.timestep_spacing == "trailing" and guidance_scale > 1:
             return [
                 f"guidance_scale={guidance_scale:g}: a turbo model is sampled without guidance in 1 to 4 steps; "
-                "guidance_scale=0 does that"
+                "0 does that"
             ]
         return super().advice(num_steps, guidance_scale)
 
