@@ -268,7 +268,12 @@ class TrainConfig:
                     f"erase_from={self.erase_from} names {len(self.erase_from)} for {len(self.concepts)} "
                     "concepts; give one for each, or none"
                 )
-            self.objective.anchor = "erase_from"  # whatever the objective says: what is erased from is where to go
+            if self.objective.anchor == "concept":
+                raise UserError(
+                    f"objective.anchor=concept with erase_from={self.erase_from}: what is erased from is where to go; "
+                    "set objective.anchor=erase_from, or leave erase_from out"
+                )
+            self.objective.anchor = "erase_from"  # null, the default, says nothing else here
         elif self.objective.anchor == "erase_from":
             raise UserError(
                 "objective.anchor=erase_from needs erase_from, such as erase_from=[cowboy]; or null, concept"
@@ -299,6 +304,7 @@ class TrainConfig:
             )
         check_time_rule(self.trajectory)
         check_staleness(self.trajectory)
+        check_unused(self.trajectory, self.preserve)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the concepts."""
@@ -904,6 +910,28 @@ def check_staleness(trajectory: TrajectoryConfig) -> None:
             f"trajectory.staleness={trajectory.staleness} with trajectory.sampler=teacher: points of the frozen base "
             "never grow stale; set trajectory.sampler=student, or leave staleness out (trajectory.reuse says how often "
             "a bank's points are used)"
+        )
+
+
+def check_unused(trajectory: TrajectoryConfig, preserve: PreserveConfig) -> None:
+    """Raises UserError where what was set is read by nothing; the defaults pass, and so does a reuse of once.
+
+    Of `trajectory.negative` and a model without classifier-free guidance `esd.trainer.point_sources` knows.
+    """
+    if trajectory.rollouts == 0 and trajectory.reuse not in (1, TrajectoryConfig.reuse):
+        raise UserError(
+            f"trajectory.reuse={trajectory.reuse} with trajectory.rollouts=0: without a bank no point is used again; "
+            "set trajectory.reuse=1, or keep a bank with trajectory.rollouts=24"
+        )
+    if trajectory.negative is not None and trajectory.guidance_scale <= 1:
+        raise UserError(
+            f"trajectory.negative={trajectory.negative} with trajectory.guidance_scale={trajectory.guidance_scale:g}: "
+            "without guidance no negative prompt is asked; leave it out, or set trajectory.guidance_scale=3"
+        )
+    if not preserve.prompts and preserve.weight != PreserveConfig.weight:
+        raise UserError(
+            f"preserve.weight={preserve.weight:g} without preserve.prompts weighs nothing; set preserve.prompts, such "
+            "as preserve.prompts=['a {thing}'], or leave it out"
         )
 
 

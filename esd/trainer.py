@@ -239,13 +239,18 @@ def point_sources(
 
     Raises:
         UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the model knows no
-            such null prompt or embedded guidance.
+            such null prompt, negative prompt or embedded guidance.
     """
     objective, told = plan.objective, plan.objective.embedded_guidance
     if told != 1 and family.guidance != "distilled":
         raise UserError(
             f"objective.embedded_guidance={told:g}: {family.name} is not told a guidance scale; allowed: 1, and "
             "trajectory.guidance_scale for sampling"
+        )
+    if plan.sampling.negative and family.guidance != "cfg":
+        raise UserError(
+            f"trajectory.negative={plan.sampling.negative}: {family.name} takes no classifier-free guidance, and so no "
+            "negative prompt; leave it out"
         )
     null = family.with_guidance(stand_in or family.null(objective.null), told)
     negative = (stand_in or family.null(plan.sampling.negative)) if plan.sampling.negative else None

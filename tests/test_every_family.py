@@ -438,6 +438,13 @@ def test_only_a_model_distilled_for_it_can_be_told_a_guidance_scale() -> None:
     assert "told guidance 3 (teacher and student: 3.5)" in describe(shared("flux-dev"), plan)
 
 
+@pytest.mark.parametrize("name", ["flux-dev", "klein"])
+def test_only_a_model_with_classifier_free_guidance_takes_a_negative_prompt(name: str) -> None:
+    plan = dataclasses.replace(LONG, sampling=dataclasses.replace(SAMPLING, negative="empty"))
+    with pytest.raises(UserError, match=r"trajectory\.negative=empty: .* takes no classifier-free guidance"):
+        describe(shared(name), plan)
+
+
 def test_guidance_that_a_model_does_not_want_is_legal_and_told() -> None:
     assert "mind" in describe(shared("sdxl-turbo"), LONG)
     assert "mind" in describe(shared("flux-schnell"), LONG)
