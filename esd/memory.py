@@ -131,7 +131,7 @@ def measure(
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
         passing = model.passing(sampled, latents)
         learning = model.learning(plan, latents) - trained
-        drawing = model.passing(images * (2 if guided else 1), family.latent_shape())
+    drawing = _drawing(family, plan, names, cond, images * (2 if guided else 1)) if images else 0
     denoiser, gradients = weights(family.denoiser), trained
     # pictures are of erased weights, which float8 would round away: those selected are drawn with as they are
     frozen, drawn = float8.spared(family.denoiser), float8.spared(family.denoiser, but=names)
@@ -300,8 +300,6 @@ class StandIn:
 
     def passing(self, rows: int, latents: Sequence[int]) -> int:
         """The most bytes that a call of so many rows makes, without gradients."""
-        if not rows:
-            return 0
         with self._counting() as counter, torch.no_grad():
             self._predict(rows, latents)
         return counter.peak
@@ -351,6 +349,20 @@ def _stand_in(
                 Conditioning(told),
                 lambda: torch.autocast("cpu", precision, enabled=mixed_precision != "no"),
             )
+
+
+def _drawing(family: Family, plan: TrainPlan, names: Sequence[str], cond: Conditioning, rows: int) -> int:
+    """The most bytes that a call of the stock pipeline's denoiser makes: without autocast, an adapter merged."""
+    denoiser = _twin(family.denoiser, family.dtype)
+    with float8.stored(denoiser, but=names) if plan.frozen else nullcontext(), FakeTensorMode():
+        _make_fake(denoiser)
+        told = Conditioning({name: torch.empty(rows, *t.shape[1:], dtype=t.dtype) for name, t in cond.tensors.items()})
+        x, t = torch.empty(rows, *family.latent_shape()), torch.empty(rows)
+        counter = Counter()
+        counter.ignore([*denoiser.parameters(), *denoiser.buffers()])
+        with counter, torch.no_grad():
+            family.predict(denoiser, x, t, told)
+    return counter.peak
 
 
 def decoder(family: Family, images: int) -> int:

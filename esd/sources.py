@@ -517,15 +517,16 @@ def _passes(source: OnPolicy | Bank) -> int:
 
 def _missing(source: OnPolicy | Bank, free: Collection[Anchor]) -> tuple[Anchor, ...]:
     """The predictions that are wanted and not free."""
-    told: tuple[Anchor, ...] = ("erase_from",) if source.conditions.erase_from is not None else ()
-    known: tuple[Anchor, ...] = ("concept", "null", *told)
+    known: list[Anchor] = ["concept", "null"]
+    if source.conditions.erase_from is not None:
+        known.append("erase_from")
     return tuple(name for name in known if name in source.wanted and name not in free)
 
 
 def _complete(source: OnPolicy | Bank, x: Tensor, t: Tensor, prompt: Tensor, free: Mapping[Anchor, Tensor]) -> Points:
     """Points with the teacher's predictions that are wanted: those in `free`, and the missing ones in one batch."""
     c, missing = source.conditions, source.missing
-    predictions: dict[Anchor, Tensor] = {name: values for name, values in free.items() if name in source.wanted}
+    predictions = {name: values for name, values in free.items() if name in source.wanted}
     if missing:
         conditionings = {"concept": c.concept, "null": c.null, "erase_from": c.student}
         got = predict_many(

@@ -235,4 +235,4 @@ def test_a_pipeline_without_files_of_its_tokenizer_is_refused(command: Command, 
 
 def test_a_program_that_does_not_exist(command: Command) -> None:
     ended = command("cli", "erase")
-    assert ended.code == 2 and "allowed: train, generate, evaluate, report, compare, files" in ended.err
+    assert ended.code == 2 and "allowed: train, generate, evaluate, analyze, report, compare, files" in ended.err

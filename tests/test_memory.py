@@ -139,6 +139,13 @@ def test_adam_and_masters_are_counted_by_the_selection() -> None:
     )
 
 
+def test_pictures_are_drawn_without_autocast_and_without_an_adapter() -> None:
+    made = family("sd1")
+    usual = planned(made, BUSY, images=2)["draw"].total
+    assert planned(made, BUSY, images=2, mixed_precision="bf16")["draw"].total == usual
+    assert planned(made, dataclasses.replace(BUSY, lora=Lora(8, 8.0)), images=2)["draw"].total == usual
+
+
 def test_no_weight_is_needed_to_plan() -> None:
     made = family("sd1")
     cond, here = made.encode(["cat"]), planned(made, BUSY)
