@@ -268,12 +268,7 @@ class TrainConfig:
                     f"erase_from={self.erase_from} names {len(self.erase_from)} for {len(self.concepts)} "
                     "concepts; give one for each, or none"
                 )
-            if self.objective.anchor == "concept":
-                raise UserError(
-                    f"objective.anchor=concept with erase_from={self.erase_from}: what is erased from is where to go; "
-                    "set objective.anchor=erase_from, or leave erase_from out"
-                )
-            self.objective.anchor = "erase_from"  # null, the default, says nothing else here
+            self.objective.anchor = "erase_from"  # whatever an experiment has for others; the plan tells it
         elif self.objective.anchor == "erase_from":
             raise UserError(
                 "objective.anchor=erase_from needs erase_from, such as erase_from=[cowboy]; or null, concept"

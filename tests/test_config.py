@@ -56,7 +56,6 @@ def config(**settings: object) -> TrainConfig:
         ({"trajectory__rollouts": 0, "trajectory__reuse": 4}, "trajectory.reuse=4 with trajectory.rollouts=0"),
         ({"trajectory__negative": "empty", "trajectory__guidance_scale": 1.0}, "no negative prompt is asked"),
         ({"preserve__weight": 5.0}, "preserve.weight=5 without preserve.prompts"),
-        ({"objective__anchor": "concept", "erase_from": ["cowboy"]}, "set objective.anchor=erase_from"),
         ({"training__updates": 0}, "training.updates=0"),
         ({"training__lr": 0.0}, "training.lr=0.0"),
         ({"training__betas": [0.9, 1.0]}, "training.betas"),

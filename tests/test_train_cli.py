@@ -189,7 +189,7 @@ def test_points_drawn_by_the_student_serve_one_update_or_with_a_bank_eight(
 
 
 def test_what_is_erased_from_is_the_anchor_that_the_plan_and_the_checkpoint_name(command: Command) -> None:
-    ended = train(command, "erase_from=[dog]")
+    ended = train(command, "erase_from=[dog]", "objective.anchor=concept")
     assert ended.code == 0 and "anchor erase_from, eta 1" in ended.out
     assert load(command.folder / "runs/cat").provenance["objective"]["anchor"] == "erase_from"
 

@@ -80,7 +80,7 @@ class Family(ABC):
         preset_notes: what a preset means here, where its name alone would mislead; told whenever it is used.
         aliases: the model's own words for roles, such as attn2 for cross.
         absent: roles that this architecture has not, with what to say instead.
-        time_unit: what the denoiser is told for a time of 1 of the scheduler's.
+        time_unit: times of the scheduler's in a time of 1 as the denoiser is told it.
         text_first: whether text tokens stand before image tokens where joint attention sees both.
         stacks_passes: whether the stock pipeline evaluates null prompt and prompt in one batch, in this order; else
             it calls the denoiser for the prompt, and for the null prompt after it.

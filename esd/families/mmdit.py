@@ -197,7 +197,7 @@ class StableDiffusion3(FlowFamily):
 class _FluxFamily(FlowFamily):
     """What FLUX.1 and FLUX.2 share: tokens of 2 x 2 latents, position ids, sigmas spaced evenly before the shift."""
 
-    time_unit: ClassVar[float] = 1 / 1000
+    time_unit: ClassVar[float] = 1000.0
     stacks_passes: ClassVar[bool] = False
 
     def predict(self, denoiser: Denoiser, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -206,7 +206,7 @@ class _FluxFamily(FlowFamily):
         text = cond.tensors["encoder_hidden_states"].shape[1]
         tokens = denoiser(
             grid.flatten(2).mT.to(self.dtype),
-            timestep=t.expand(len(x)).to(self.dtype) * self.time_unit,
+            timestep=t.expand(len(x)).to(self.dtype) / self.time_unit,
             txt_ids=self._text_ids(text).to(x.device),
             img_ids=self._image_ids(*grid.shape[2:]).to(x.device),
             return_dict=False,

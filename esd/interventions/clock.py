@@ -132,7 +132,7 @@ class Clock:
 
     def _entry_of(self, t: float) -> int:
         """Which of the scheduler's times t is; of equal ones, the one that follows the steps taken from it."""
-        apart = (self._solver.timesteps.float() - t / self._family.time_unit).abs()
+        apart = (self._solver.timesteps.float() - t * self._family.time_unit).abs()
         equal = torch.nonzero(apart == apart.min()).flatten().tolist()
         taken = self._steps_at[float(self._solver.timesteps[equal[0]])]
         return int(equal[min(taken, len(equal) - 1)])
