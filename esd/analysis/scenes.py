@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esd.evaluation.generate import as_uint8
 from esd.families import Family
 from esd.interventions import AttentionEdit, AttentionMaps, LocalBlend, Op, Reweight, resolve, sample
 from esd.interventions.sites import Site, is_attention
@@ -170,7 +171,7 @@ def _draw(subject: Subject, scene: Scene, seed: int, knobs: Knobs) -> Pair:
         )  # fmt: skip
         passed = torch.cat([drawn.trajectory.inputs, drawn.trajectory.final[None]])
         skip = 1 if images else 0
-        images.append((drawn.images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)[skip:])
+        images.append(as_uint8(drawn.images)[skip:])
         apart.append((passed - passed[:, :1]).square().flatten(2).mean(2).sqrt().T.cpu().numpy()[skip:])
     placed = torch.stack([_sized(places.maps.mean(place=place), places.maps.mean()) for place in places.maps.places])
     return Pair(np.concatenate(images), np.concatenate(apart), maps.maps.by_step()[:, 0].numpy(), placed[:, 0].numpy())

@@ -11,6 +11,7 @@ import numpy as np
 
 from esd import checkpoint
 from esd.checkpoint import Erased
+from esd.evaluation.generate import as_uint8
 from esd.evaluation.judges import EmojiJudge
 from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
@@ -84,7 +85,7 @@ class Subject:
                 self.family, prompts[rows], seeds[rows], *ops,
                 num_steps=self.num_steps, guidance_scale=self.guidance_scale,
             ).images  # fmt: skip
-            drawn.append((images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8))
+            drawn.append(as_uint8(images))
         return np.concatenate(drawn)
 
     def draw_from(

@@ -13,7 +13,6 @@ rollout and tells the clock itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +27,7 @@ from esd.families import Family
 from .clock import Clock, Moment, Pass
 from .ops import AttentionOp, Call, Latents, Op, Predict, Source, placed, source_of
 from .probabilities import Attention, Interception, Layout
-from .sites import Site, Streams
+from .sites import Site, Streams, signature_of
 
 
 class Hooks:
@@ -73,9 +72,9 @@ class Hooks:
 
     def begin(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the moment of a call of the denoiser."""
-        told = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
+        told = signature_of(type(denoiser).forward).bind(*args, **kwargs).arguments
         text = told.get("encoder_hidden_states")
-        x = next(value for name, value in told.items() if name != "self")
+        x = next(iter(told.values()))
         self._now = self.clock.moment(len(x), told["timestep"], None if text is None else text.shape[1])
         ids = told.get("img_ids")
         self._grid = _extent(ids) if ids is not None else (x.shape[-2], x.shape[-1])

@@ -52,10 +52,18 @@ class Recording:
     values: dict[Key, Tensor] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
 
+    _bytes: int = 0
+
     @property
     def gib(self) -> float:
         """What it holds."""
-        return sum(kept.nbytes for kept in self.values.values()) / 2**30
+        return self._bytes / 2**30
+
+    def put(self, key: Key, value: Tensor) -> None:
+        """Keeps a tensor, in the place of one of the same key."""
+        before = self.values.get(key)
+        self.values[key] = value
+        self._bytes += value.nbytes - (0 if before is None else before.nbytes)
 
     def of(self, label: str, stream: Stream = "image") -> Tensor:
         """All steps of one site, stacked (steps, rows, ...); of several evaluations in a step the first.
@@ -140,7 +148,7 @@ class Record(SiteOp):
 
     def _keep(self, call: Call, stream: Stream, value: Tensor) -> None:
         value = self.reduce(value) if self.reduce else value
-        self.recording.values[Key.of(call, stream)] = value.to("cpu", copy=True)
+        self.recording.put(Key.of(call, stream), value.to("cpu", copy=True))
         if self.recording.gib > self.max_gib:
             raise UserError(
                 f"Record: what {self.where!r} keeps takes more than max_gib={self.max_gib:g}; reduce it (such as by "

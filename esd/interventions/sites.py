@@ -99,7 +99,7 @@ class Site:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name: gradient checkpointing passes by position what is passed by name else."""
-        return _signature(type(self.module).forward).bind(*args, **kwargs)
+        return signature_of(type(self.module).forward).bind(*args, **kwargs)
 
     def inputs(self, bound: inspect.BoundArguments, text_tokens: int | None) -> Streams:
         """The tensors of each stream among a call's arguments, each (b, tokens, d) or (b, c, h, w)."""
@@ -249,7 +249,7 @@ def _ends(module: nn.Module, endings: Sequence[str]) -> bool:
 
 
 @cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
     """Of a method, without self."""
     signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from esd.errors import UserError
+from esd.evaluation.generate import as_uint8
 from esd.evaluation.metrics import wilson
 from esd.families import Denoiser, Family
 from esd.interventions import Graft, Op, Patch, Record, Recording, Site, blocks, sample
@@ -264,4 +265,4 @@ def suggestion(sites: Sequence[Site], selection: str) -> str:
 
 def pictures(family: Family, latents: Tensor) -> np.ndarray:
     """uint8 pictures (n, H, W, 3) of clean latents."""
-    return (family.decode(latents).permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    return as_uint8(family.decode(latents))

@@ -17,6 +17,7 @@ from torch import Tensor
 from esd.analysis.subject import Subject
 from esd.evaluation.attacks.subject import Subject as Attacked
 from esd.evaluation.erasure import DrawSettings
+from esd.evaluation.generate import as_uint8
 from esd.evaluation.prompts import PromptRow
 from esd.families import Conditioning, Denoiser, Family
 from esd.interventions import Guide, sample
@@ -62,7 +63,7 @@ def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
 def images_of(family: Family, latents: Tensor) -> np.ndarray:
     """uint8 RGB (n, H, W, 3) of clean latents (n, c, h, w)."""
     images = torch.cat([family.decode(part).cpu() for part in latents.split(16)])
-    return (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return as_uint8(images)
 
 
 def strips(subject: Subject, cond: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esd import checkpoint, seeding
 from esd.errors import UserError
 from esd.evaluation.erasure import DrawSettings
+from esd.evaluation.generate import as_uint8
 from esd.evaluation.prompts import PromptRow
 from esd.families import Conditioning, Denoiser, Family
 from esd.families.base import Part
@@ -115,7 +116,7 @@ class Subject:
         images = torch.cat([self.family.decode(part).cpu() for part in latents.split(self.draw.batch_size)])
         if not images.isfinite().all():
             raise UserError(f"an attack drew a picture that is not finite, in {self.family.dtype}; use float32")
-        return (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+        return as_uint8(images)
 
     def noised(self, solver: Any, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of clean latents (b, c, h, w), as a solver keeps it that is about to take its step at time t (scalar)."""
