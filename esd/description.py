@@ -11,7 +11,7 @@ from esd.families import Family
 from esd.lora import Lora
 from esd.plan import TrainPlan
 from esd.sources import Bank, Source
-from esd.trainer import point_sources
+from esd.trainer import check_optimizer, point_sources
 
 
 def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: tuple[int, float] | None = None) -> str:
@@ -25,7 +25,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: 
 
     Raises:
         UserError: the selection matches nothing, no latents have the size asked for, blocks are to be compiled and
-            diffusers knows none in this denoiser, or see `point_sources`.
+            diffusers knows none in this denoiser, or see `point_sources` and `check_optimizer`.
     """
     if plan.compile and not getattr(family.denoiser, "_repeated_blocks", None):
         raise UserError(
@@ -35,6 +35,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: 
     erasing, preserving = point_sources(family, plan, None, None, num_processes)
     objective, sampling = plan.objective, plan.sampling
     chosen = family.select(plan.selection)
+    check_optimizer(plan, largest(family, plan, chosen.names))
     selection = chosen.describe().replace("\n", f"\n{'':11}")
     points = plan.batch_size * plan.gradient_accumulation * num_processes
     shared = f" in {num_processes} processes" if num_processes > 1 else ""
@@ -54,7 +55,7 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: 
         "adapter": plan.lora and adapter(family, chosen.names, plan.lora),
         "frozen": plan.frozen and f"{len(float8.linears(family.denoiser))} matrices stored in {plan.frozen}",
         "prompts": listed(plan.prompts) + used(erasing, plan.prompts, plan.updates),
-        "from": listed(plan.erase_from),
+        "from": plan.erase_from and listed(plan.erase_from) + drawn_with(plan),
         "preserve": preserving
         and f"{listed(plan.preserve)}{used(preserving, plan.preserve, plan.updates)}, weight {plan.preserve_weight:g}",
         "objective": f"anchor {objective.anchor}, eta {objective.eta:g}, weighting {objective.weighting}",
@@ -63,9 +64,36 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: 
         "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
     }
     warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
+    partly = family.partly_read([*plan.prompts, *plan.erase_from, *plan.preserve])
+    warnings += [f"{'mind':<10} {prompt!r}: only T5 reads the end, CLIP not: {end!r}" for prompt, end in partly.items()]
     settings = {"trajectory": (sampling.num_steps, sampling.guidance_scale)} | ({"evaluation": drawn} if drawn else {})
     warnings += [f"{'mind':<10} {name}.{told}" for name, how in settings.items() for told in family.advice(*how)]
+    warnings += [f"{'mind':<10} {told}" for told in without_effect(family, plan, chosen.names)]
     return "\n".join([*(f"{name:<10} {text}" for name, text in lines.items() if text), *warnings])
+
+
+def without_effect(family: Family, plan: TrainPlan, names: Sequence[str]) -> list[str]:
+    """Settings that are legal and change nothing here."""
+    told = []
+    if plan.sample_with == "concept" and not plan.erase_from:
+        told.append("trajectory.sample_with=concept: without erase_from every rollout is of the concept")
+    if plan.lora:
+        most = max(min(rows, columns) for rows, columns in lora.shapes(family.denoiser, names).values())
+        if plan.lora.rank > most:
+            told.append(f"weights.rank={plan.lora.rank}: no change to these matrices has a rank above {most}")
+    return told
+
+
+def largest(family: Family, plan: TrainPlan, names: Sequence[str]) -> int:
+    """How many values the largest trained tensor has."""
+    if plan.lora:
+        return plan.lora.rank * max(map(max, lora.shapes(family.denoiser, names).values()))
+    return max(info.numel for info in family.parameter_infos() if info.name in set(names))
+
+
+def drawn_with(plan: TrainPlan) -> str:
+    """Which prompt the rollouts draw, where an attribute is erased from a concept."""
+    return "; rollouts draw the concept" if plan.sample_with == "concept" else ", which rollouts draw"
 
 
 def adapter(family: Family, names: Sequence[str], how: Lora) -> str:

@@ -92,8 +92,13 @@ def matrices(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     Biases, norms and embeddings are no matrices that multiply an input; they stay as they are.
 
     Raises:
-        UserError: there is none among the names.
+        UserError: there is none among the names, or the module takes no adapters.
     """
+    if not hasattr(module, "add_adapter"):
+        raise UserError(
+            f"weights=lora: diffusers puts no adapters on {type(module).__name__}; set weights=full, with a finer "
+            "selection where memory is short"
+        )
     layers = dict(module.named_modules())
     found = {
         name: layers[layer_of(name)]
@@ -108,10 +113,19 @@ def matrices(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
+def shapes(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of what an adapter stands beside, a convolution's weight as the matrix that it is.
+
+    Raises:
+        UserError: see `matrices`.
+    """
+    weights: dict[str, Any] = {name: layer.weight for name, layer in matrices(module, names).items()}
+    return {name: (len(weight), math.prod(weight.shape[1:])) for name, weight in weights.items()}
+
+
 def size(module: nn.Module, names: Iterable[str], rank: int) -> int:
     """How many values an adapter on these parameters trains."""
-    weights = [layer.weight for layer in matrices(module, names).values()]
-    return sum(rank * (len(w) + math.prod(w.shape[1:])) for w in weights if isinstance(w, Tensor))
+    return sum(rank * (rows + columns) for rows, columns in shapes(module, names).values())
 
 
 class _AdapterOff:

@@ -336,23 +336,28 @@ def make_views(denoiser: torch.nn.Module, names: Sequence[str], plan: TrainPlan)
     return WeightViews(denoiser, names, plan.masters)
 
 
-def make_adam(plan: TrainPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam, its moments float32, or in 8 bits for every tensor of 4096 values and more.
-
-    Raises:
-        UserError: no tensor is as large, so that 8 bits would change nothing.
-
-    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022 (bitsandbytes).
-    """
-    if plan.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=plan.lr, betas=plan.betas)
-    from bitsandbytes.optim import Adam8bit
-
-    if all(parameter.numel() < LEAST_8BIT for parameter in parameters):
+def check_optimizer(plan: TrainPlan, largest: int) -> None:
+    """Raises UserError where 8 bits would change nothing: the largest trained tensor has too few values for them."""
+    if plan.optimizer == "adam8bit" and largest < LEAST_8BIT:
         raise UserError(
             f"training.optimizer=adam8bit changes nothing: no trained tensor has {LEAST_8BIT} values; set "
             "training.optimizer=adam"
         )
+
+
+def make_adam(plan: TrainPlan, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam, its moments float32, or in 8 bits for every tensor of 4096 values and more.
+
+    Raises:
+        UserError: see `check_optimizer`.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022 (bitsandbytes).
+    """
+    check_optimizer(plan, max(parameter.numel() for parameter in parameters))
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=plan.lr, betas=plan.betas)
+    from bitsandbytes.optim import Adam8bit
+
     return Adam8bit(parameters, lr=plan.lr, betas=plan.betas, min_8bit_size=LEAST_8BIT)
 
 

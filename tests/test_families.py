@@ -224,6 +224,20 @@ def test_a_directory_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
         load_pipeline(tmp_path)
 
 
+@pytest.mark.parametrize("broken", ["unet", "text_encoder", "vae", "config"])
+def test_a_model_that_did_not_arrive_whole_is_refused_with_what_to_do(
+    tmp_path: Path, tiny_model_dir: Path, broken: str
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    if broken == "config":
+        (tmp_path / "model/text_encoder/config.json").unlink()
+    else:
+        weights = next((tmp_path / "model" / broken).glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"could not be loaded as a pipeline: .*; get the whole model again"):
+        load_pipeline(tmp_path / "model")
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "unet", "vae", "scheduler"])
 def test_a_directory_without_a_part_of_the_pipeline_is_refused_by_its_name(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, part: str

@@ -20,6 +20,7 @@ from esd.errors import UserError
 from esd.families import family_of
 from esd.lora import Lora, LoraViews, LowRank
 from tests import tiny
+from tests.families import shared
 from tests.plans import PLAN, SAMPLING
 
 PROMPT = "a cat"
@@ -142,6 +143,19 @@ def test_the_plan_says_what_an_adapter_trains_and_what_it_cannot() -> None:
     assert "LoRA of rank 3, alpha 6" in told and "biases, norms and embeddings stay" in told
     with pytest.raises(UserError, match="weights=lora: the selection holds no linear or convolution weight"):
         describe(family, dataclasses.replace(THIN, selection="name:*norm*"))
+
+
+def test_a_rank_that_no_matrix_has_is_told() -> None:
+    family = family_of(tiny.pipeline())
+    most = max(min(w.shape[0], w[0].numel()) for name, w in family.denoiser.named_parameters() if "to_k.weight" in name)
+    for rank in (most, most + 1):
+        told = describe(family, dataclasses.replace(THIN, selection="cross.k", lora=Lora(rank, 1.0)))
+        assert (f"no change to these matrices has a rank above {most}" in told) == (rank > most)
+
+
+def test_a_model_that_takes_no_adapter_is_refused() -> None:
+    with pytest.raises(UserError, match="diffusers puts no adapters on PixArtTransformer2DModel; set weights=full"):
+        describe(shared("pixart"), THIN)
 
 
 def test_a_model_that_wears_an_adapter_is_refused() -> None:

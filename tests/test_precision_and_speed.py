@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from esd import checkpoint, trainer
+from esd.description import describe
 from esd.errors import UserError
 from esd.families import family_of
 from esd.lora import Lora
@@ -101,6 +102,15 @@ def test_eight_bit_adam_learns_nearly_the_same_and_resumes_bit_for_bit(
     assert same(whole, run(tmp_path / "parts", eight, None, large()))
     with pytest.raises(UserError, match="adam8bit changes nothing: no trained tensor has 4096 values"):
         run(tmp_path / "small", dataclasses.replace(eight, selection="cross.k"))
+
+
+@pytest.mark.parametrize("adapter", [None, Lora(2, 2.0)], ids=["weights", "adapter"])
+def test_eight_bits_that_change_nothing_are_refused_before_anything_starts(adapter: Any) -> None:
+    plan = dataclasses.replace(PLAN, selection="cross.k", optimizer="adam8bit", lora=adapter)
+    with pytest.raises(UserError, match="adam8bit changes nothing"):
+        describe(family_of(tiny.pipeline()), plan)
+    wide = dataclasses.replace(plan, lora=adapter and Lora(2000, 2.0), selection="cross.k" if adapter else "esd_all")
+    assert "updates" in describe(family_of(tiny.pipeline(size="large")), wide)
 
 
 def test_eight_bit_adam_asks_for_its_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

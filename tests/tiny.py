@@ -233,11 +233,9 @@ def pixart() -> PixArtSigmaPipeline:
         cross_attention_dim=16, caption_channels=32,
     )  # fmt: skip
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, clip_sample=False)
-    pipe = PixArtSigmaPipeline(
+    return PixArtSigmaPipeline(
         tokenizer=pieces, text_encoder=reader, vae=vae(), transformer=transformer.eval(), scheduler=scheduler
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -255,9 +253,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 
 
 def every(name: str, seed: int = 0) -> Any:
-    """One of PIPELINES, its weights the same for the same arguments."""
+    """One of PIPELINES, or "pixart", its weights the same for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = PIPELINES[name]()
+        pipe = (PIPELINES | {"pixart": pixart})[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from esd.errors import UserError
 
@@ -87,7 +88,8 @@ def load_pipeline(
         setting: what the user gave the path as, for messages.
 
     Raises:
-        UserError: nothing there, not a pipeline, not a supported one, one that lacks a part, or no safetensors weights.
+        UserError: nothing there, not a pipeline, not a supported one, one that lacks a part or has a broken one, or no
+            safetensors weights.
     """
     check_model(path, setting=setting)
     try:
@@ -97,14 +99,17 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(
             str(path), dtype=dtype, revision=revision, use_safetensors=True, **without
         )
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # transformers raises the last for odd or missing sizes
         reason = str(error).strip().splitlines()[0].removesuffix(".")
+        mend = "get the whole model again"
         if not Path(path).exists():  # the hub says of a gated model that there is none
-            reason += (
-                "; for a gated model accept its licence on huggingface.co and log in with `hf auth login`, without a "
+            mend = (
+                "for a gated model accept its licence on huggingface.co and log in with `hf auth login`, without a "
                 f"network set {setting} to the folder of a copy"
             )
-        raise UserError(f"{setting} is {str(path)!r}, which could not be loaded as a pipeline: {reason}") from error
+        raise UserError(
+            f"{setting} is {str(path)!r}, which could not be loaded as a pipeline: {reason}; {mend}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

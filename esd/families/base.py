@@ -284,6 +284,10 @@ class Family(ABC):
     def cut(self, prompts: Sequence[str]) -> dict[str, str]:
         """The prompts that are too long for the text encoder, each with the end of it that is not read."""
 
+    def partly_read(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that one of several text encoders reads less of than another, each with the end it leaves out."""
+        return {}
+
     def select(self, expression: str) -> Selection:
         """The parameters an expression names; see `esd.selection`.
 

@@ -28,7 +28,7 @@ from esd.errors import UserError
 from esd.selection import ParameterInfo, Preset
 
 from .base import Conditioning, Denoiser, Guidance, Span, check_steps
-from .pipeline import PipelineFamily, parameter_infos, spans
+from .pipeline import PipelineFamily, ends, parameter_infos, spans
 
 _STACKS = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
 _ROOTS: Mapping[str, tuple[str, str, str | None]] = {  # module -> stack, part, stream
@@ -90,6 +90,11 @@ class FlowFamily(PipelineFamily):
         tokens = (height // self.patch) * (width // self.patch)
         scheduler.set_timesteps(device=self.device, **self._schedule(num_steps, tokens))
         return scheduler
+
+    def partly_read(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Where T5 reads beside CLIP, which stops at 77 tokens; see `Family.partly_read`."""
+        first = self.pipe.tokenizer
+        return {} if self._reader()[0] is first else ends(first, first.model_max_length, prompts)
 
     @abstractmethod
     def _schedule(self, num_steps: int, tokens: int) -> dict[str, Any]:

@@ -205,11 +205,7 @@ class PipelineFamily(Family):
 
     def cut(self, prompts: Sequence[str]) -> dict[str, str]:
         """Prompts of more tokens than any text encoder takes, with the text that none of them reads."""
-        tokenizer, most = self._reader()
-        tokens = {prompt: tokenizer(prompt, verbose=False).input_ids for prompt in prompts}
-        return {  # as `encode_prompt` cuts: the end token keeps the last place
-            prompt: tokenizer.decode(ids[most - 1 : -1]).strip() for prompt, ids in tokens.items() if len(ids) > most
-        }
+        return ends(*self._reader(), prompts)
 
 
 def parameter_infos(module: nn.Module, role: Callable[[str], dict[str, Any]]) -> list[ParameterInfo]:
@@ -228,6 +224,14 @@ def parameter_infos(module: nn.Module, role: Callable[[str], dict[str, Any]]) ->
         ParameterInfo(name, parameter.numel(), tuple(parameter.shape), kinds[name], **role(name))
         for name, parameter in module.named_parameters()
     ]
+
+
+def ends(tokenizer: Any, most: int, prompts: Sequence[str]) -> dict[str, str]:
+    """Prompts of more than `most` tokens, each with the text beyond them."""
+    tokens = {prompt: tokenizer(prompt, verbose=False).input_ids for prompt in prompts}
+    return {  # as `encode_prompt` cuts: the end token keeps the last place
+        prompt: tokenizer.decode(ids[most - 1 : -1]).strip() for prompt, ids in tokens.items() if len(ids) > most
+    }
 
 
 def spans(tokenizer: Any, length: int, text: str) -> list[Span | None]:
