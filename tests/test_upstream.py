@@ -136,18 +136,22 @@ def test_points_and_targets_are_those_of_the_published_formula(experiment: str, 
     assert Path(config.model.path).name == "stable-diffusion-v1-4"
 
 
-def test_sdxl_points_are_the_stock_pipelines_own_latents_and_targets_map_the_concept_to_null() -> None:
-    pipe = tiny.every("sdxl")
+@pytest.mark.parametrize("erase_from", [None, "dog"])
+def test_sdxl_points_are_the_stock_pipelines_own_latents_and_targets_start_from_what_it_drew(
+    erase_from: str | None,
+) -> None:
+    pipe, drawn = tiny.every("sdxl"), erase_from or "cat"
     base = copy.deepcopy(pipe.unet)
     steps = [f"trajectory.num_steps={STEPS}", "trajectory.size=16", f"seed={SEED}"]
+    steps += [f"erase_from=[{erase_from}]"] if erase_from else []
     config = composed("train", ["experiment=upstream_2025_sdxl", "concepts=[cat]", *steps])
     assert isinstance(config, TrainConfig)
     config.check()
     family, plan = family_of(pipe), make_plan(config, None)
     views = WeightViews(family.denoiser, family.select(plan.selection).names)
     erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
-    states, _, pooled, _ = pipe.encode_prompt(["cat", ""], device="cpu", do_classifier_free_guidance=False)
-    ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)  # a whole picture of its own size
+    states, _, pooled, _ = pipe.encode_prompt([drawn, "cat", ""], device="cpu", do_classifier_free_guidance=False)
+    ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 3)  # a whole picture of its own size
     met = set()
     for step in range(6):
         points = erasing.points(step, [0])
@@ -159,25 +163,27 @@ def test_sdxl_points_are_the_stock_pipelines_own_latents_and_targets_map_the_con
             return latents
 
         pipe(
-            prompt="cat", num_inference_steps=STEPS, guidance_scale=2.0, height=16, width=16, latents=noise,
+            prompt=drawn, num_inference_steps=STEPS, guidance_scale=2.0, height=16, width=16, latents=noise,
             output_type="latent", callback_on_step_end=keep,
         )  # fmt: skip
         at = pipe.scheduler.timesteps.tolist().index(float(points.t[0]))
         met.add(at)
         torch.testing.assert_close(points.x, path[at], atol=1e-6, rtol=0)
         with torch.no_grad():
-            cat, null = base(
-                points.x.repeat(2, 1, 1, 1),
+            start, cat, null = base(
+                points.x.repeat(3, 1, 1, 1),
                 points.t[0],
                 states,
                 added_cond_kwargs={"text_embeds": pooled, "time_ids": ids},
             ).sample.split(1)
-        ours = objectives.target(points.concept, points.concept, points.prediction("null"), eta=plan.objective.eta)
-        torch.testing.assert_close(ours, cat - 1.0 * (cat - null), atol=1e-6, rtol=0)
+        ours = objectives.target(
+            points.prediction(plan.objective.anchor), points.concept, points.prediction("null"), eta=plan.objective.eta
+        )
+        torch.testing.assert_close(ours, start - 1.0 * (cat - null), atol=1e-6, rtol=0)
     assert len(met) > 2
 
 
-FLUX_STEPS, FLUX_GUIDANCE, TEXTS = 5, 3.5, ["cat", ""]
+FLUX_STEPS, FLUX_GUIDANCE = 5, 3.5
 
 
 def flux_tokens(x: Tensor) -> Tensor:
@@ -191,23 +197,25 @@ def klein_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def flux_said(pipe: Any, transformer: Any, x: Tensor, t: float) -> Tensor:
-    """What FLUX.1-dev says of the concept and of the null prompt, told guidance 1, as tokens (2, n, d)."""
-    states, pooled, text_ids = pipe.encode_prompt(TEXTS, TEXTS, device="cpu", max_sequence_length=tiny.TOKENS)
+def flux_said(pipe: Any, transformer: Any, x: Tensor, t: float, texts: list[str]) -> Tensor:
+    """What FLUX.1-dev says of each text, told guidance 1, as tokens (texts, n, d)."""
+    states, pooled, text_ids = pipe.encode_prompt(texts, texts, device="cpu", max_sequence_length=tiny.TOKENS)
     h, w = x.shape[2] // 2, x.shape[3] // 2
     places = torch.tensor([[0.0, row, column] for row in range(h) for column in range(w)])
     return transformer(
-        flux_tokens(x).repeat(2, 1, 1), states, pooled, torch.full((2,), t / 1000), places, text_ids, torch.ones(2)
-    ).sample
+        flux_tokens(x).repeat(len(texts), 1, 1), states, pooled, torch.full((len(texts),), t / 1000), places, text_ids,
+        torch.ones(len(texts)),
+    ).sample  # fmt: skip
 
 
-def klein_said(pipe: Any, transformer: Any, x: Tensor, t: float) -> Tensor:
-    """What FLUX.2 Klein says of the concept and of the null prompt, as tokens (2, n, d)."""
-    states, text_ids = pipe.encode_prompt(TEXTS, device="cpu", max_sequence_length=tiny.TOKENS)
+def klein_said(pipe: Any, transformer: Any, x: Tensor, t: float, texts: list[str]) -> Tensor:
+    """What FLUX.2 Klein says of each text, as tokens (texts, n, d)."""
+    states, text_ids = pipe.encode_prompt(texts, device="cpu", max_sequence_length=tiny.TOKENS)
     places = torch.tensor([[0, row, column, 0] for row in range(x.shape[2]) for column in range(x.shape[3])])
     return transformer(
-        klein_tokens(x).repeat(2, 1, 1), states, torch.full((2,), t / 1000), places.expand(2, -1, -1), text_ids, None
-    ).sample
+        klein_tokens(x).repeat(len(texts), 1, 1), states, torch.full((len(texts),), t / 1000),
+        places.expand(len(texts), -1, -1), text_ids, None,
+    ).sample  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -217,12 +225,14 @@ def klein_said(pipe: Any, transformer: Any, x: Tensor, t: float) -> Tensor:
         ("upstream_2026_klein", "klein-base", klein_tokens, klein_said),
     ],
 )
-def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_map_the_concept_to_null(
-    experiment: str, name: str, tokens: Callable[[Tensor], Tensor], said: Callable[..., Tensor]
+@pytest.mark.parametrize("erase_from", [None, "dog"])
+def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_start_from_what_it_drew(
+    experiment: str, name: str, tokens: Callable[[Tensor], Tensor], said: Callable[..., Tensor], erase_from: str | None
 ) -> None:
-    pipe = tiny.every(name)
+    pipe, rolled = tiny.every(name), erase_from or "cat"
     base = copy.deepcopy(pipe.transformer)
     steps = [f"trajectory.num_steps={FLUX_STEPS}", "trajectory.size=16", f"seed={SEED}"]
+    steps += [f"erase_from=[{erase_from}]"] if erase_from else []
     config = composed("train", [f"experiment={experiment}", "concepts=[cat]", *steps])
     assert isinstance(config, TrainConfig)
     config.check()
@@ -243,7 +253,7 @@ def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_map_the_concept
             return latents
 
         pipe(
-            prompt="cat", num_inference_steps=FLUX_STEPS, guidance_scale=FLUX_GUIDANCE, height=16, width=16,
+            prompt=rolled, num_inference_steps=FLUX_STEPS, guidance_scale=FLUX_GUIDANCE, height=16, width=16,
             latents=noise if name == "flux-dev" else drawn,
             max_sequence_length=tiny.TOKENS, output_type="latent", callback_on_step_end=keep,
         )  # fmt: skip
@@ -251,7 +261,9 @@ def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_map_the_concept
         met.add(at)
         torch.testing.assert_close(tokens(points.x), [noise, *path][at], atol=1e-6, rtol=0)
         with torch.no_grad():
-            cat, null = said(pipe, base, points.x, t).split(1)
-        ours = objectives.target(points.concept, points.concept, points.prediction("null"), eta=plan.objective.eta)
-        torch.testing.assert_close(tokens(ours), cat - 1.0 * (cat - null), atol=1e-6, rtol=0)
+            start, cat, null = said(pipe, base, points.x, t, [rolled, "cat", ""]).split(1)
+        ours = objectives.target(
+            points.prediction(plan.objective.anchor), points.concept, points.prediction("null"), eta=plan.objective.eta
+        )
+        torch.testing.assert_close(tokens(ours), start - 1.0 * (cat - null), atol=1e-6, rtol=0)
     assert len(met) > 2
