@@ -13,7 +13,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from esd.config import AnalyzeConfig
+from esd.config.analyze import AnalyzeConfig
 from esd.drawing import announce
 from esd.errors import UserError
 from esd.main import run_program

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from esd.config import EvaluateConfig, SuiteConfig
+from esd.config.evaluate import EvaluateConfig, SuiteConfig
 from esd.drawing import announce, announce_cuts, limited, refuse_several_processes, rows_of
 from esd.errors import UserError
 from esd.judging import check_pictures, find_named, own_judges

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd.config import EvaluateConfig
+from esd.config.evaluate import EvaluateConfig
 from esd.drawing import look_inside, most_held_gib, refuse_several_processes
 from esd.errors import UserError
 from esd.judging import check_pictures

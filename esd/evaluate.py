@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
-from esd.config import EvaluateConfig
+from esd.config.evaluate import EvaluateConfig
 from esd.drawing import announce, announce_drawing, draw, find_share, limited, look_inside, most_held_gib, plan, rows_of
 from esd.errors import UserError
 from esd.judging import answers_of, check_pictures, find_named, own_judges

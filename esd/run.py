@@ -27,7 +27,8 @@ from typing import Any
 
 import yaml
 
-from esd.config import TrackerConfig, slug
+from esd.config.paths import slug
+from esd.config.train_sections import TrackerConfig
 from esd.errors import UserError
 
 # Settings that change neither the images nor the weights a run makes, or that are compared on their own, as the number

@@ -11,7 +11,8 @@ import pytest
 
 from esd.analysis import Results, Subject, attention, scenes
 from esd.analysis.maps import heat_picture, left_share, shown_tokens
-from esd.config import AttentionConfig, ModelConfig
+from esd.config.analyses import AttentionConfig
+from esd.config.common import ModelConfig
 from esd.evaluation.judges import load_judge
 from esd.evaluation.vocabulary import Vocabulary
 from esd.model import load

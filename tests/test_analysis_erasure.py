@@ -14,7 +14,7 @@ from torch import Tensor
 from esd import checkpoint
 from esd.analysis import Results, Subject, erasure
 from esd.analysis.erasure import gaze, leak, locate, mechanism, restore
-from esd.config import ErasureConfig
+from esd.config.analyses import ErasureConfig
 from esd.errors import UserError
 from esd.families import Family
 from esd.interventions import blocks, layers

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esd.analysis import Results, Subject, representations
 from esd.analysis.representations import channel_levels, concat, generate, img2repr, similarity, site_of, spread
-from esd.config import RepresentationsConfig
+from esd.config.analyses import RepresentationsConfig
 from esd.errors import UserError
 from esd.interventions import Skip, attach
 from tests import tiny

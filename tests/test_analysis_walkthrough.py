@@ -31,7 +31,7 @@ from esd.analysis.walkthrough import (
     walk,
     with_new_word,
 )
-from esd.config import WalkthroughConfig
+from esd.config.analyses import WalkthroughConfig
 from esd.errors import UserError
 from esd.families import family_of
 from tests import tiny

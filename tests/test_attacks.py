@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import esd
-from esd import checkpoint, config, seeding
+from esd import checkpoint, seeding
+from esd.config.evaluate import ATTACKS
 from esd.errors import UserError
 from esd.evaluation import attacks
 from esd.evaluation.attacks import (
@@ -526,7 +527,7 @@ def test_an_attack_is_made_again_from_its_name_and_its_settings_as_json(kind: st
 
 
 def test_the_configuration_knows_every_attack() -> None:
-    assert tuple(QUICK) == config.ATTACKS
+    assert tuple(QUICK) == ATTACKS
     assert attacks.make("noise", {"etas": [1, 2]}) == NoiseProbe(etas=(1, 2))  # a whole number is a number
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from esd.config import slug
+from esd.config.paths import slug
 from tests.programs import FAST, Command
 from tests.test_generate import FAST as FAST_IMAGES
 from tests.test_generate import erased_weights

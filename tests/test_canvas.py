@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from esd.canvas import quoted
-from esd.config import conf_dir
+from esd.config.paths import conf_dir
 from esd.evaluation.canvas import counted, grid, mean, order, scores
 from esd.evaluation.foretold import inside
 from esd.evaluation.retention import Retained, area, curve

@@ -12,7 +12,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from esd.config import AnalyzeConfig, EvaluateConfig, GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
+from esd.config.analyze import AnalyzeConfig
+from esd.config.evaluate import EvaluateConfig
+from esd.config.generate import GenerateConfig
+from esd.config.options import fields_of
+from esd.config.paths import conf_dir
+from esd.config.train import TrainConfig
+from esd.config.train_sections import ObjectiveConfig
 from esd.main import help_text
 from esd.objectives import Objective
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from esd import memory
-from esd.config import TrainConfig
+from esd.config.train import TrainConfig
 from esd.memory import GB, RESERVE, Memory
 from esd.train import make_plan, mixed_precision
 from tests import published

@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from esd.config import GenerateConfig, TrackerConfig, TrainConfig
+from esd.config.generate import GenerateConfig
+from esd.config.train import TrainConfig
+from esd.config.train_sections import TrackerConfig
 from esd.errors import UserError
 from esd.run import RunDirectory, flat, tracker_arguments, versions
 from esd.storage import State, atomic, load_state, save_state

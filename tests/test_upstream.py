@@ -20,7 +20,7 @@ from diffusers import PNDMScheduler
 from torch import Tensor
 
 from esd import objectives, seeding, trainer
-from esd.config import TrainConfig
+from esd.config.train import TrainConfig
 from esd.families import family_of
 from esd.train import make_plan
 from esd.weights import WeightViews
