@@ -33,7 +33,7 @@ def main() -> None:
 
 def analyze(config: AnalyzeConfig) -> int:
     """Looks at what `config` says; returns the exit code."""
-    run = RunDirectory(config.run_path(), config)
+    run = RunDirectory(config.run_path(), config, unused=config.unused())
     from esd import checkpoint
     from esd.evaluation.judges import load_judge
 

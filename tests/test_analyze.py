@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from esd import checkpoint
 from esd.analysis import Results, Subject, figures
+from esd.config.analyze import ANALYSES
 from esd.errors import UserError
 from tests.families import shared
 from tests.programs import Command
@@ -51,6 +53,17 @@ def test_the_same_command_computes_nothing_anew_and_other_settings_are_refused(c
     assert tables == {path: path.read_bytes() for path in (command.folder / "out").glob("*.csv")}
     ended = command("analyze", *FAST, "layers.pictures=2")
     assert ended.code == 2 and "layers.pictures=1 there, 2 here" in ended.err
+
+
+def test_a_run_holds_the_settings_of_its_own_analysis_and_whatever_the_others_are_by_default(command: Command) -> None:
+    assert command("analyze", *FAST).code == 0
+    file = command.folder / "out/config.yaml"
+    told = yaml.safe_load(file.read_text())
+    assert told["layers"]["pictures"] == 1 and not {*ANALYSES} - {"layers"} & {*told}
+    file.write_text(yaml.safe_dump(told | {"attention": {"pictures": 99}, "erasure": {"gone": 1}}))
+    assert command("analyze", *FAST).code == 0, "as a version that wrote all of them left it"
+    ended = command("analyze", *FAST[:4], "analysis=attention")
+    assert ended.code == 2 and "analysis.name=layers there, attention here" in ended.err
 
 
 def test_another_model_in_the_same_place_is_refused(command: Command) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.programs import Command
 from tests.test_generate import FAST as FAST_IMAGES
@@ -39,7 +40,10 @@ def test_curves_a_figure_and_pictures_are_left_and_the_same_command_attacks_noth
     left = {"out/recovery.png", "out/completion.png", "out/soft_prompt/erased/0.png", "out/config.yaml"}
     assert left <= command.files()
     assert "completion: erased" in ended.out and "results are in out" in ended.out
-    again = command("evaluate", *asked, "suite.budget.queries=500")
+    assert set(yaml.safe_load((command.folder / "out/config.yaml").read_text())["suite"]["settings"]) == {
+        *told["attacks"]
+    }
+    again = command("evaluate", *asked, "suite.budget.queries=500", "suite.settings.noise.etas=[1.5]")
     assert again.code == 0 and again.out.count("done already") == 2
     before = (command.folder / "out/config.yaml").read_bytes()
     (judge,) = [one.partition("=")[2].strip("[']").replace(":", r"\:") for one in asked if one.startswith("judges")]

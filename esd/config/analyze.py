@@ -55,6 +55,10 @@ class AnalyzeConfig:
         """Those of the analysis asked for."""
         return getattr(self, self.analysis.name)
 
+    def unused(self) -> set[str]:
+        """Names of the settings that say nothing to the analysis asked for: the other analyses' own."""
+        return {name for name in ANALYSES if name != self.analysis.name}
+
     def check(self) -> None:
         """Raises UserError for the first value that is out of its range; touches no file and no model."""
         check_ranges(self)
