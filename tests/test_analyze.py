@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,28 @@ def test_another_model_in_the_same_place_is_refused(command: Command) -> None:
     told = saved.provenance | {"concepts": ["dog"]}
     checkpoint.save(saved.path, saved.differences, told)
     ended = command("analyze", *FAST, "checkpoint=weights")
-    assert ended.code == 2 and "holds results of another checkpoint (sha256 is " in ended.err
+    assert (
+        ended.code == 2 and "holds results of another checkpoint, weights/erased.safetensors (sha256 is " in ended.err
+    )
+
+
+def test_a_model_and_a_checkpoint_may_move_and_are_known_again(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    assert command("analyze", *FAST, "checkpoint=weights").code == 0
+    kept = {path.name: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
+    shutil.copytree(command.folder / "base", command.folder / "base-moved")
+    for name in ("weights", "out"):
+        (command.folder / name).rename(command.folder / f"{name}-moved")
+    moved = ("model.path=base-moved", "checkpoint=weights-moved", "run_dir=out-moved")
+    ended = command("analyze", *FAST, *moved)
+    assert ended.code == 0, ended.err
+    assert kept == {path.name: path.stat().st_mtime_ns for path in (command.folder / "out-moved/kept").iterdir()}
+    facts = json.loads((command.folder / "out-moved/facts.json").read_text())
+    assert facts["base"]["name"].endswith("base-moved") and facts["checkpoint"]["path"].startswith("weights-moved")
+    ended = command("analyze", *FAST, *moved, "model.path=other", "checkpoint=null")
+    assert ended.code == 2 and "holds results of another base, " in ended.err and "base-moved (fingerprint" in ended.err
+    ended = command("analyze", *FAST, *moved, "checkpoint=null")
+    assert ended.code == 2 and "holds results of another checkpoint, weights-moved" in ended.err
 
 
 def test_a_plan_computes_nothing(command: Command) -> None:
@@ -113,9 +135,20 @@ def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
 
     first, again = Results(tmp_path).kept("x", make), Results(tmp_path).kept("x", make)
     assert made == [1] and (first == again).all()
-    Results(tmp_path, {"base": {"name": "a"}})
-    with pytest.raises(UserError, match=r"another base \(name is a there, b here\)"):
-        Results(tmp_path, {"base": {"name": "b"}})
+
+
+def test_results_know_what_they_are_of_by_hashes_and_not_by_names(tmp_path: Path) -> None:
+    Results(tmp_path, {"base": {"name": "a", "hash": 1}, "judge": None})
+    Results(tmp_path, {"base": {"name": "b", "hash": 1}, "judge": None, "vocabulary": {"hash": 3}})  # one not told yet
+    assert json.loads((tmp_path / "facts.json").read_text())["base"]["name"] == "b"
+    for other, told in (
+        ({"base": {"name": "b", "hash": 2}}, r"another base, b \(hash is 1 there, 2 here\)"),
+        ({"judge": {"name": "c", "hash": 2}}, r"another judge \(hash is None there, 2 here\)"),
+        ({"vocabulary": None}, r"another vocabulary \(hash is 3 there, None here\)"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Results(tmp_path, other)
+    assert json.loads((tmp_path / "facts.json").read_text())["base"] == {"name": "b", "hash": 1}
 
 
 def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> None:
