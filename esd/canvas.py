@@ -43,7 +43,7 @@ def evaluate_canvas(config: EvaluateConfig) -> int:
     Raises:
         UserError: the model has no vocabulary or no judge, or does not know a name of the canvas.
     """
-    run = RunDirectory(config.run_path(), config)
+    run = RunDirectory(config.run_path(), config, neutral=["limit"])
     from esd.evaluation import canvas
     from esd.evaluation.erasure import FIRST_SEED
 

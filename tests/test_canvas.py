@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,17 @@ def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_
     assert len(erasure["denoiser"]["erased"]["points"]) == 2
     (line,) = csv.DictReader((command.folder / "canvas/canvas.csv").open())
     assert float(line["residual"]) == inside(erasure["denoiser"])["residual"] and float(line["drift"]) >= 0
+    made = {path: path.stat().st_mtime_ns for path in (command.folder / "canvas/thing-cat").rglob("*.png")}
+    trained = shutil.copytree(
+        command.folder / "canvas/thing-cat/training", command.folder / "canvas/style-flat/training"
+    )
+    for limit, names in (("2", ["cat", "flat"]), ("1", ["cat"])):  # goes on; tells of fewer, and deletes nothing
+        ended = command("evaluate", *known, "method=lora", training, f"limit={limit}", "denoiser_points=2")
+        assert ended.code == 0, ended.err
+        told = json.loads((command.folder / "canvas/metrics.json").read_text())
+        assert [one["name"] for one in told["erasures"]] == names and told["planned"] == len(names)
+    assert made == {path: path.stat().st_mtime_ns for path in (command.folder / "canvas/thing-cat").rglob("*.png")}
+    assert trained.is_dir() and len([*(command.folder / "canvas/style-flat/erased").glob("*.png")]) == 4
     before = (command.folder / "canvas/config.yaml").read_bytes()
     manifest = command.folder / "canvas/base/manifest.json"
     manifest.write_text(manifest.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
