@@ -1,6 +1,5 @@
 """`python -m esd.analyze`: what every analysis leaves, that it resumes and refuses; and what analyses are made of."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -14,8 +13,7 @@ from esd.analysis import Results, Subject, figures
 from esd.config.analyze import ANALYSES
 from esd.errors import UserError
 from tests.families import shared
-from tests.programs import Command
-from tests.test_generate import erased_weights
+from tests.programs import Command, erased_weights, table
 
 LAYERS = (
     "layers.prompts=[a cat]", "layers.other_things=[a dog]", "layers.other_styles=[a cat in mosaic style]",
@@ -24,20 +22,15 @@ LAYERS = (
 FAST = ("model.path=base", "num_steps=1", "device=cpu", "run_dir=out", *LAYERS)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_figures_tables_and_captions_are_left_of_base_and_erased(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
     ended = command("analyze", *FAST, "checkpoint=weights")
     assert ended.code == 0, ended.err
     assert "without cat" in ended.out and "results are in" in ended.out.splitlines()[-1]
     assert "To erase a thing, try selection='esd_x & " in ended.out
-    table = rows(command.folder / "out/vitality.csv")
-    assert {row["version"] for row in table} == {"base", "erased"}
-    apart = {v: [row["moved"] for row in table if row["version"] == v] for v in ("base", "erased")}
+    rows = table(command.folder / "out/vitality.csv")
+    assert {row["version"] for row in rows} == {"base", "erased"}
+    apart = {v: [row["moved"] for row in rows if row["version"] == v] for v in ("base", "erased")}
     assert apart["base"] != apart["erased"], "the erased weights were on"
     captions = (command.folder / "out/captions.md").read_text()
     pictures = {name.removeprefix("out/") for name in command.files() if name.endswith(".png")}

@@ -1,6 +1,5 @@
 """`python -m esd.evaluate`: what it leaves, that it resumes and refuses, and that its table says it all again."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,13 +9,9 @@ import yaml
 
 from esd.evaluation.generate import Manifest
 from esd.evaluation.table import rates, read_table
-from tests.programs import Command
-from tests.test_generate import FAST as FAST_IMAGES
-from tests.test_generate import erased_weights
-from tests.test_judges_by_name import tiny_clip  # noqa: F401 - a fixture
+from tests.programs import BUNDLED, DRAW, Command, erased_weights
 
-FAST = (*FAST_IMAGES, "denoiser_points=0", "run_dir=out")
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+FAST = (*DRAW, "denoiser_points=0", "run_dir=out")
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def metrics(command: Command) -> dict:
 def test_images_a_table_and_metrics_are_left_and_the_table_says_the_rates_again(
     command: Command,
     asked: tuple[str, ...],
-    tiny_clip: Path,  # noqa: F811
+    tiny_clip: Path,
 ) -> None:
     ended = command("evaluate", *asked, f"judges=['clip:{tiny_clip}',ssim]", "denoiser_points=2")
     assert ended.code == 0, ended.err
@@ -90,8 +85,7 @@ def test_damaged_images_are_counted_and_warned_of(command: Command, asked: tuple
 
 def test_a_limit_takes_prompts_from_all_over_the_set(command: Command, asked: tuple[str, ...]) -> None:
     assert command("evaluate", *asked, "limit=3", "judges=[ssim]").code == 0
-    with (command.folder / "out/images.csv").open() as file:
-        assert [row["case_number"] for row in csv.DictReader(file)] == ["0", "2", "4"] * 2
+    assert [row["case_number"] for row in read_table(command.folder / "out/images.csv")] == ["0", "2", "4"] * 2
 
 
 def test_another_limit_goes_on_with_what_is_there_and_tells_of_what_it_asks(
@@ -147,16 +141,16 @@ def test_mistakes_are_told_before_anything_is_drawn(command: Command, arguments:
 
 def test_pictures_that_the_bundled_judge_cannot_read_are_told_before_they_are_drawn(command: Command) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
-    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    shutil.copy(BUNDLED / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(BUNDLED / "emoji-judge")
     ended = command("evaluate", "prompts=[a cat]", *FAST, "model.path=base-mine", "judges=[emoji-judge]")
     assert ended.code == 2 and "reads pictures of 64 pixels, and the model's pictures are not" in ended.err
 
 
-def test_a_judge_that_never_saw_such_pictures_is_warned_of(command: Command, tiny_clip: Path) -> None:  # noqa: F811
+def test_a_judge_that_never_saw_such_pictures_is_warned_of(command: Command, tiny_clip: Path) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
-    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    shutil.copy(BUNDLED / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(BUNDLED / "emoji-judge")
     asked = ("evaluate", "prompts=['a {thing}']", "limit=1", *FAST, "model.path=base-mine", "plan_only=true")
     ended = command(*asked, f"judges=['clip:{tiny_clip}']")
     assert ended.code == 0 and "never on emoji-sd's pictures; its rates may mean nothing" in ended.err

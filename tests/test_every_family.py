@@ -25,7 +25,7 @@ from esd.sources import Bank, Conditions, Sampling
 from esd.trajectory import rollout
 from esd.weights import WeightViews
 from tests import tiny
-from tests.families import FEW_WORDS, GUIDANCE, make, shared
+from tests.families import GUIDANCE, MMDITS, every, make, shared
 from tests.plans import PLAN, SAMPLING
 
 PROMPTS = ["a cat", "the dog in mosaic style"]
@@ -33,8 +33,6 @@ LONG = dataclasses.replace(  # every update sees the whole bank, so that one los
     PLAN, sampling=SAMPLING, selection="esd_x", rollouts=2, reuse=60, updates=20, batch_size=6, lr=4e-3,
     objective=Objective(eta=2.0),
 )  # fmt: skip
-
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -151,7 +149,7 @@ def test_a_saved_pipeline_is_recognised(name: str, tmp_path: Path) -> None:
     family.pipe.save_pretrained(tmp_path)
     again: Any = family_of(load_pipeline(tmp_path))
     assert (type(again), again.guidance) == (type(family), family.guidance)
-    if name in FEW_WORDS:
+    if name in MMDITS:
         again.max_tokens = tiny.TOKENS
     for key, tensor in family.encode(PROMPTS).tensors.items():
         torch.testing.assert_close(again.encode(PROMPTS).tensors[key], tensor)
@@ -203,7 +201,7 @@ def test_a_prediction_does_not_depend_on_its_batch(name: str) -> None:
 @every
 def test_decoding_gives_the_stock_pipelines_images(name: str) -> None:
     family, guidance = shared(name), GUIDANCE[name]
-    tokens = {"max_sequence_length": family.max_tokens} if name in FEW_WORDS else {}
+    tokens = {"max_sequence_length": family.max_tokens} if name in MMDITS else {}
     images = family.pipe(
         prompt=PROMPTS, guidance_scale=guidance, num_inference_steps=2, generator=generators(0, 1), output_type="pt",
         height=16, width=16, **tokens,
@@ -275,7 +273,7 @@ def test_selections_are_those_of_upstreams_rules(name: str, expression: str) -> 
     assert set(family.select(expression).names) == module_rule(family.denoiser, RULES[name, expression])
 
 
-@pytest.mark.parametrize("name", sorted(FEW_WORDS))
+@pytest.mark.parametrize("name", sorted(MMDITS))
 def test_a_preset_of_cross_attention_says_what_it_means_on_a_model_without_any(name: str) -> None:
     family = shared(name)
     assert "no cross-attention" in family.select("esd_x + time").describe().splitlines()[-1]

@@ -19,23 +19,10 @@ from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
 from esd.families import family_of
 from tests import tiny
-from tests.programs import Command
+from tests.programs import DRAW, Command, erased_weights
 
 SETTINGS = {"num_steps": 2, "guidance_scale": 3.0}
 BASE = {"name": "tiny/sd", "revision": None, "fingerprint": "ab"}
-FAST = ("model.path=base", "num_steps=2", "device=cpu")
-
-
-def erased_weights(path: Path, seed: int = 0) -> Path:
-    """A checkpoint that changes the tiny base of that seed visibly."""
-    unet = tiny.pipeline(seed=seed).unet
-    base = {name: value for name, value in unet.named_parameters() if "conv_in" in name}
-    differences = {name: torch.full_like(value, 0.5) for name, value in base.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(
-        path, differences, {"fingerprint": checkpoint.fingerprint(base), "concepts": ["cat"], "base": "base"}
-    )
-    return path
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -185,7 +172,7 @@ def test_pictures_that_are_not_finite_are_a_mistake_not_black() -> None:
 
 def test_images_of_another_base_are_refused(command: Command) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    draw_cat = ("generate", "prompts=[a cat]", "run_dir=out", *FAST, "model.path=base-mine")
+    draw_cat = ("generate", "prompts=[a cat]", "run_dir=out", *DRAW, "model.path=base-mine")
     assert command(*draw_cat).code == 0
     told = json.loads((command.folder / "out/base/manifest.json").read_text())["base"]
     assert told["name"] == str((command.folder / "base-mine").resolve()) and told["revision"] is None
@@ -224,7 +211,7 @@ def test_a_picture_holds_every_row_and_column(tmp_path: Path) -> None:
 
 def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
-    ended = command("generate", "checkpoint=weights", "prompts=[a cat, a dog]", "run_dir=out", *FAST)
+    ended = command("generate", "checkpoint=weights", "prompts=[a cat, a dog]", "run_dir=out", *DRAW)
     assert ended.code == 0, ended.err
     left = {name.removeprefix("out/") for name in command.files() if name.startswith("out/")}
     assert left == {
@@ -244,14 +231,14 @@ def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
 
 def test_prompts_come_from_a_file_and_the_base_may_be_drawn_alone(command: Command) -> None:
     (command.folder / "p.csv").write_text("case_number,prompt,evaluation_seed\n4,a cat,11\n")
-    ended = command("generate", "prompts=p.csv", "run_dir=out", "images_per_prompt=2", *FAST)
+    ended = command("generate", "prompts=p.csv", "run_dir=out", "images_per_prompt=2", *DRAW)
     assert ended.code == 0, ended.err
     assert {"out/base/4_0.png", "out/base/4_1.png", "out/contact_sheet.png"} <= command.files()
     assert "out/erased" not in command.files()
 
 
 def test_templates_run_over_what_the_model_knows(command: Command) -> None:
-    asked = ("generate", "prompts=['a {thing}, {style} style']", *FAST)
+    asked = ("generate", "prompts=['a {thing}, {style} style']", *DRAW)
     ended = command(*asked)
     assert ended.code == 2 and "ships no vocabulary.json" in ended.err
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
@@ -272,7 +259,7 @@ def test_templates_run_over_what_the_model_knows(command: Command) -> None:
 
 def test_what_the_text_encoder_does_not_read_is_told(command: Command) -> None:
     long = "a cat in the style of a dog in the style of a rose"
-    ended = command("generate", f"prompts=[a cat,{long}]", "run_dir=out", *FAST)
+    ended = command("generate", f"prompts=[a cat,{long}]", "run_dir=out", *DRAW)
     assert ended.code == 0 and "does not read" in ended.err and ended.err.count("warning") == 1
     assert list(Manifest.load(command.folder / "out/base").cut) == [long]
 
@@ -280,14 +267,14 @@ def test_what_the_text_encoder_does_not_read_is_told(command: Command) -> None:
 @pytest.mark.parametrize("width", [17, 18])  # no latents, and none that the stock pipeline takes
 def test_a_size_that_the_model_cannot_draw_is_refused(command: Command, width: int) -> None:
     (command.folder / "p.csv").write_text(f"case_number,prompt,width\n4,a cat,16\n5,a dog,{width}\n")
-    ended = command("generate", "prompts=p.csv", "run_dir=out", *FAST)
+    ended = command("generate", "prompts=p.csv", "run_dir=out", *DRAW)
     assert ended.code == 2 and f"case_number 5: width={width}: allowed: multiples of" in ended.err, ended.err
 
 
 @pytest.mark.slow(reason="starts a launcher and two Pythons of its own, which import torch")
 def test_two_processes_draw_what_one_would_into_one_folder(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
-    asked = ("checkpoint=weights", "prompts=[a cat, a dog, a rose]", *FAST)
+    asked = ("checkpoint=weights", "prompts=[a cat, a dog, a rose]", *DRAW)
     assert command("generate", *asked, "run_dir=one").code == 0
     launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "esd.generate")
     ended = subprocess.run(
@@ -338,7 +325,7 @@ def test_an_intervention_that_cannot_be_read_is_refused(command: Command, text: 
 
 
 def test_a_plan_draws_nothing(command: Command) -> None:
-    ended = command("generate", "prompts=[a cat]", "plan_only=true", *FAST)
+    ended = command("generate", "prompts=[a cat]", "plan_only=true", *DRAW)
     assert ended.code == 0 and command.files() == set()
 
 

@@ -25,7 +25,7 @@ from esd.families import family_of
 from esd.train import make_plan
 from esd.weights import WeightViews
 from tests import tiny
-from tests.test_conf import composed
+from tests.programs import composed
 
 STEPS, GUIDANCE, TOTAL, SEED = 10, 3.0, 1000, 7
 WIDTH = TOTAL // STEPS
