@@ -19,7 +19,6 @@ from esd.analysis.walkthrough import (
     drawings,
     errors,
     guided_by,
-    images_of,
     img2img,
     input_embeddings,
     learn,
@@ -32,6 +31,7 @@ from esd.analysis.walkthrough import (
 )
 from esd.config.analyses import WalkthroughConfig
 from esd.errors import UserError
+from esd.evaluation.pixels import images_of
 from esd.families import family_of
 from tests import tiny
 from tests.families import GUIDANCE, every, make, shared

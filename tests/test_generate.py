@@ -15,6 +15,7 @@ from PIL import Image
 from esd import checkpoint
 from esd.errors import UserError
 from esd.evaluation.generate import Manifest, Share, base_of, generate, plan, sample
+from esd.evaluation.pixels import images_of
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
 from esd.families import family_of
@@ -32,6 +33,16 @@ def test_an_image_does_not_depend_on_its_batch(batch_size: int) -> None:
     apart = sample(pipe, prompts[::-1], seeds[::-1], batch_size=batch_size, **SETTINGS)[::-1]
     assert together.shape == (3, 16, 16, 3) and together.dtype == np.uint8
     assert np.abs(together.astype(int) - apart).max() <= 1  # rounding to 8 bits
+
+
+def test_latents_are_decoded_alike_in_any_batches_and_those_without_a_picture_are_refused() -> None:
+    family = family_of(tiny.pipeline())
+    latents = family.initial_noise([torch.Generator().manual_seed(seed) for seed in range(3)])
+    images = images_of(family, latents)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    assert np.abs(images.astype(int) - images_of(family, latents, batch_size=2)).max() <= 1
+    with pytest.raises(UserError, match="not finite"):
+        images_of(family, torch.cat([latents, latents[:1] * torch.nan]), batch_size=2)
 
 
 def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path: Path) -> None:

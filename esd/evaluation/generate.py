@@ -385,11 +385,6 @@ def sample(
     return np.concatenate(parts) if parts else np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def as_uint8(images: torch.Tensor) -> np.ndarray:
-    """uint8 RGB (n, H, W, 3) of pictures (n, 3, H, W) in [0, 1]."""
-    return (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
-
-
 def _batches(images: Sequence[Drawn], size: int) -> Iterator[list[Drawn]]:
     """Images that one call can draw, of one guidance scale and one size, at most `size` at a time."""
     alike: dict[tuple[Any, ...], list[Drawn]] = {}
