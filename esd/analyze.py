@@ -13,7 +13,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from esd.config import AnalyzeConfig
+from esd.config.analyze import AnalyzeConfig
 from esd.drawing import announce
 from esd.errors import UserError
 from esd.main import run_program
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from esd.checkpoint import Erased
     from esd.evaluation.judges import EmojiJudge
 
+TOLD_BY_FACTS = ("model.path", "model.revision", "checkpoint")  # what lies there, facts.json says by its hash
+
 
 def main() -> None:
     """The command line."""
@@ -33,7 +35,7 @@ def main() -> None:
 
 def analyze(config: AnalyzeConfig) -> int:
     """Looks at what `config` says; returns the exit code."""
-    run = RunDirectory(config.run_path(), config)
+    run = RunDirectory(config.run_path(), config, unused=config.unused(), neutral=TOLD_BY_FACTS)
     from esd import checkpoint
     from esd.evaluation.judges import load_judge
 
@@ -93,11 +95,12 @@ def facts(subject: Subject) -> dict[str, Any]:
     """What says which model was looked into."""
     from esd.evaluation.generate import base_of
 
-    erased, judge = subject.checkpoint, subject.judge
+    erased, judge, vocabulary = subject.checkpoint, subject.judge, subject.vocabulary
     return {
         "base": base_of(subject.family),
         "checkpoint": erased.identity() if erased else None,
         "judge": {"name": judge.name, "hash": judge.hash} if judge else None,
+        "vocabulary": {"hash": vocabulary.hash} if vocabulary else None,
     }
 
 

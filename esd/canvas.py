@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd.config import EvaluateConfig
+from esd.config.evaluate import EvaluateConfig
 from esd.drawing import look_inside, most_held_gib, refuse_several_processes
 from esd.errors import UserError
 from esd.judging import check_pictures
@@ -43,7 +43,7 @@ def evaluate_canvas(config: EvaluateConfig) -> int:
     Raises:
         UserError: the model has no vocabulary or no judge, or does not know a name of the canvas.
     """
-    run = RunDirectory(config.run_path(), config)
+    run = RunDirectory(config.run_path(), config, neutral=["limit"])
     from esd.evaluation import canvas
     from esd.evaluation.erasure import FIRST_SEED
 

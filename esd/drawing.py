@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from esd.config import EvaluateConfig, GenerateConfig
+from esd.config.evaluate import EvaluateConfig
+from esd.config.generate import GenerateConfig
 from esd.errors import UserError
 from esd.model import find_device
 from esd.run import RunDirectory, versions

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
-from esd.config import EvaluateConfig
+from esd.config.evaluate import EvaluateConfig
 from esd.drawing import announce, announce_drawing, draw, find_share, limited, look_inside, most_held_gib, plan, rows_of
 from esd.errors import UserError
 from esd.judging import answers_of, check_pictures, find_named, own_judges
@@ -49,7 +49,8 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def evaluate_prompts(config: EvaluateConfig) -> int:
     """The suites `prompts` and `implicit`; returns the exit code."""
-    run = RunDirectory(config.run_path(), config)
+    part = ["limit"] if config.suite.name == "prompts" else []  # which decides the prompts of the suite implicit
+    run = RunDirectory(config.run_path(), config, neutral=part)
     from esd import checkpoint
     from esd.evaluation import table
     from esd.evaluation.vocabulary import Vocabulary
@@ -171,6 +172,7 @@ def measure(
     table.write_table(run / "images.csv", rows)
     metrics: dict[str, Any] = {
         "suite": config.suite.name,
+        "limit": config.limit,
         "base": plans["base"].base,
         "checkpoint": found.identity() if found else None,
         "judges": facts,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from esd.config import GenerateConfig
+from esd.config.generate import GenerateConfig
 from esd.drawing import announce, announce_drawing, draw, find_share, plan, rows_of
 from esd.errors import UserError
 from esd.main import run_program

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from esd.config import EvaluateConfig
+from esd.config.evaluate import EvaluateConfig
 from esd.drawing import announce
 from esd.errors import UserError
 

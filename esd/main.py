@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from esd.config import conf_dir, fields_of
+from esd.config.options import fields_of
+from esd.config.paths import conf_dir
 from esd.errors import UserError
 
 # Hydra's own flags that are let through; --experimental-rerun, which unpickles a file, is not.

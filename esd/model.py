@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd.config import ModelConfig
+from esd.config.common import ModelConfig
 from esd.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from esd.sources import Sampling
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Everything that decides the erased weights, besides the base; `esd.config` has the defaults.
+    """Everything that decides the erased weights, besides the base; `esd.config.train_sections` has the defaults.
 
     Attributes:
         concepts: what is erased; provenance only, `prompts` is what is trained on.

@@ -19,7 +19,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,8 @@ from typing import Any
 
 import yaml
 
-from esd.config import TrackerConfig, slug
+from esd.config.paths import slug
+from esd.config.train_sections import TrackerConfig
 from esd.errors import UserError
 
 # Settings that change neither the images nor the weights a run makes, or that are compared on their own, as the number
@@ -59,16 +60,20 @@ class RunDirectory:
     Args:
         path: of the directory, which may not exist yet.
         config: the run's configuration dataclass, already checked.
+        unused: dotted names of settings that say nothing to this run, such as another analysis' own: they are neither
+            written nor compared, so that their defaults may change.
+        neutral: dotted names of settings that may differ, besides `NEUTRAL`.
 
     Raises:
         UserError: the directory holds another run or other files, or cannot be written to.
     """
 
-    def __init__(self, path: Path, config: Any) -> None:
+    def __init__(self, path: Path, config: Any, *, unused: Collection[str] = (), neutral: Collection[str] = ()) -> None:
         self.path = path
         self.program = type(config).__name__.removesuffix("Config").lower()
-        self.settings: dict[str, Any] = dataclasses.asdict(config)
-        self.defaults: dict[str, Any] = dataclasses.asdict(type(config)())
+        self.unused, self.neutral = unused, {*NEUTRAL, *neutral}
+        self.settings = _without(dataclasses.asdict(config), unused)
+        self.defaults = _without(dataclasses.asdict(type(config)()), unused)
         self.stored = self._stored()
         self._check()
 
@@ -133,7 +138,7 @@ class RunDirectory:
             told = yaml.safe_load((self / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
             return None
-        return told if isinstance(told, dict) else None
+        return _without(told, self.unused) if isinstance(told, dict) else None
 
     def _check(self) -> None:
         """Raises UserError unless this run may write here."""
@@ -159,11 +164,20 @@ class RunDirectory:
             )
         stored = _filled(self.stored, self.defaults)
         for name in self.settings:
-            told = _difference(name, stored.get(name), self.settings.get(name))
-            if name not in NEUTRAL and told:
+            told = _difference(name, stored.get(name), self.settings.get(name), self.neutral)
+            if name not in self.neutral and told:
                 raise UserError(
                     f"run_dir={self.path} holds another run ({told}); choose another run_dir, or remove that directory"
                 )
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The settings but those of these dotted names."""
+    return {
+        name: _without(value, names, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if f"{prefix}{name}" not in names
+    }
 
 
 def _filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,14 +202,15 @@ def _typed() -> list[str]:
     return [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
 
 
-def _difference(name: str, here: Any, now: Any) -> str:
+def _difference(name: str, here: Any, now: Any, neutral: Collection[str] = NEUTRAL) -> str:
     """`objective.eta=2.0 there, 1.0 here` for the first setting that differs and is not neutral; empty where none does.
 
     A setting that is null is as good as one that an older run did not know.
     """
     if isinstance(here, dict) and isinstance(now, dict):
-        keys = [key for key in now | here if f"{name}.{key}" not in NEUTRAL]
-        return next(filter(None, (_difference(f"{name}.{key}", here.get(key), now.get(key)) for key in keys)), "")
+        keys = [key for key in now | here if f"{name}.{key}" not in neutral]
+        told = (_difference(f"{name}.{key}", here.get(key), now.get(key), neutral) for key in keys)
+        return next(filter(None, told), "")
     return "" if here == now else f"{name}={here} there, {now} here"
 
 

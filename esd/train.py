@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from esd.config import STALENESS, EvaluationConfig, TrainConfig
+from esd.config.train import TrainConfig
+from esd.config.train_sections import STALENESS, EvaluationConfig
 from esd.errors import UserError
 from esd.main import EXIT_SIGNAL, run_program
 from esd.model import check, find_device, load

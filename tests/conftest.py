@@ -65,3 +65,15 @@ def command(saved_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     for name in ("base", "other"):
         (tmp_path / name).symlink_to(saved_models / name)
     return Command(monkeypatch, capsys, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP with random weights, in a folder."""
+    return tiny.save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet of three labels with random weights, in a folder."""
+    return tiny.save_resnet(tmp_path_factory.mktemp("resnet"))

@@ -1,6 +1,16 @@
-"""How the tests train tiny models unless they say otherwise: each takes what it is about and changes that."""
+"""How the tests train tiny models unless they say otherwise: each takes what it is about and changes that.
+
+And what a training left, to be compared.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from esd.objectives import Objective
 from esd.plan import TrainPlan
@@ -42,3 +52,13 @@ PLAN = TrainPlan(
     save_every=0,
     seed=0,
 )
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """What a training logged, update for update."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two trainings left the same differences, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

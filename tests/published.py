@@ -156,7 +156,7 @@ EXPERIMENTS = {  # in conf/experiment, with the published model each trains
 }  # fmt: skip
 TINY = {  # pipelines of the same families
     "SD 1.4": "sd1", "SDXL": "sdxl", "SDXL-turbo": "sdxl-turbo", "SD 3.5 medium": "sd3.5", "FLUX.1-dev": "flux-dev",
-    "FLUX.2 Klein 4B": "klein",
+    "FLUX.2 Klein 4B": "klein", "SD 2.1": "sd2-v",
 }  # fmt: skip
 
 

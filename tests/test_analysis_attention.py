@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import pytest
 
 from esd.analysis import Results, Subject, attention, scenes
 from esd.analysis.maps import heat_picture, left_share, shown_tokens
-from esd.config import AttentionConfig, ModelConfig
+from esd.config.analyses import AttentionConfig
+from esd.config.common import ModelConfig
 from esd.evaluation.judges import load_judge
 from esd.evaluation.vocabulary import Vocabulary
 from esd.model import load
 from tests.families import GUIDANCE, shared
-from tests.programs import Command
+from tests.programs import Command, table
 
 SCENE = scenes.Scene("a cat in the photo", "a dog in the photo", "a cat in the mosaic photo")
 SMALL: Any = {"pictures": 2, "resolution": None, "shares": [0.5, 1.0], "weights": [0.0, 3.0]}
@@ -28,23 +28,18 @@ def settings(**changed: Any) -> dict[str, Any]:
     return vars(AttentionConfig(**(told | SMALL | changed)))
 
 
-def table(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / f"{name}.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_what_is_seen_is_left_in_tables_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = Subject(shared("flux-dev"), num_steps=3, guidance_scale=3.5, batch_size=6)
     attention.analyse(subject, Results(tmp_path), **settings())
-    edits = {(row["edit"], float(row["value"])): row for row in table(tmp_path, "edits")}
+    edits = {(row["edit"], float(row["value"])): row for row in table(tmp_path / "edits.csv")}
     assert float(edits["the prompt", 0.0]["moved"]) == float(edits["reweight", 1.0]["moved"]) == 0
     assert float(edits["no control", 0.0]["moved"]) > 0 and edits["no control", 0.0]["changed"] == ""
     assert float(edits["steps", 1.0]["moved"]) == pytest.approx(float(edits["layers", 1.0]["moved"]), abs=0.003)
-    assert len(table(tmp_path, "pictures")) == 2 * len(edits)
-    paths = table(tmp_path, "paths")
+    assert len(table(tmp_path / "pictures.csv")) == 2 * len(edits)
+    paths = table(tmp_path / "paths.csv")
     assert all(float(row["apart"]) == 0 for row in paths if row["step"] == "0" and row["edit"] != "another seed")
     assert {row["edit"] for row in paths if float(row["apart"]) > 0} == {row["edit"] for row in paths}
-    mass = [float(row["mass"]) for row in table(tmp_path, "maps")]
+    mass = [float(row["mass"]) for row in table(tmp_path / "maps.csv")]
     assert all(0 <= one <= 1 for one in mass) and max(mass) > 0.01
     captions = (tmp_path / "captions.md").read_text(encoding="utf-8")
     assert len(list(tmp_path.glob("*.png"))) == captions.count("![") == 10
@@ -87,7 +82,7 @@ def test_on_the_bundled_model_words_have_their_sides_and_the_judge_reads_both(tm
     share = {text: left_share(pair.maps.mean(0)[i]) for i, text in shown_tokens(study, scene)}
     assert share["cat"] > 0.6 > 0.4 > share["rose"]
     attention.edits_table(study)
-    pictures = {(row["edit"], float(row["value"])): row for row in table(tmp_path, "pictures")}
+    pictures = {(row["edit"], float(row["value"])): row for row in table(tmp_path / "pictures.csv")}
     free = pictures["no control", 0.0]
     assert free["was"] == "0" and free["kept"] == "1"
     assert float(free["moved_changed"]) > float(free["moved_kept"]) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch import Tensor
 from esd import checkpoint
 from esd.analysis import Results, Subject, erasure
 from esd.analysis.erasure import gaze, leak, locate, mechanism, restore
-from esd.config import ErasureConfig
+from esd.config.analyses import ErasureConfig
 from esd.errors import UserError
 from esd.families import Family
 from esd.interventions import blocks, layers
 from tests.families import GUIDANCE, make
+from tests.programs import table
 
 PROMPTS, SEEDS = ["a cat", "the cat in mosaic style"], [0, 1]
 LAST = {"sd1": "up_blocks.1.attentions.0", "flux-dev": "single_transformer_blocks.0", "sd3.5": "transformer_blocks.1",
@@ -176,7 +176,7 @@ def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name
         "leak.png",
         "pictures.png",
     } <= written
-    rows = {file: list(csv.DictReader((tmp_path / "out" / file).open())) for file in written if file.endswith(".csv")}
+    rows = {file: table(tmp_path / "out" / file) for file in written if file.endswith(".csv")}
     assert {row["layer"] for row in rows["parts.csv"]} == {blocks_label(family, LAST[name])}
     assert {row["source"] for row in rows["probes.csv"]} == {"name", "image"}
     assert family.select(rows["selection.csv"][0]["selection"]).names, "the suggestion can be trained"

@@ -1,6 +1,5 @@
 """analysis=layers: what its tables must say on models whose layers do what their formulas say."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from esd.interventions import InjectText, Source, resolve
 from esd.interventions import layers as all_layers
 from tests import tiny
 from tests.families import GUIDANCE, shared
+from tests.programs import table
 
 PROMPTS, THINGS, STYLES = (
     ["a cat", "the dog"],
@@ -38,11 +38,6 @@ def subject(name: str) -> Subject:
     return Subject(shared(name), num_steps=2, guidance_scale=GUIDANCE[name])
 
 
-def table(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / f"{name}.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_table_and_every_figure_is_there_and_has_a_caption(analysed: tuple[str, Path]) -> None:
     _, folder = analysed
     assert {path.stem for path in folder.glob("*.csv")} == set(TABLES)
@@ -53,19 +48,19 @@ def test_every_table_and_every_figure_is_there_and_has_a_caption(analysed: tuple
 
 def test_leaving_a_layer_out_moves_the_picture_and_leaving_none_does_not(analysed: tuple[str, Path]) -> None:
     name, folder = analysed
-    rows = table(folder, "vitality")
+    rows = table(folder / "vitality.csv")
     assert [row["short"] for row in rows] == ["none", *map(short, all_layers(shared(name)))]
     assert float(rows[0]["moved"]) == 0 and any(float(row["moved"]) > 0 for row in rows[1:])
     assert all(row["thing"] == row["style"] == "" for row in rows), "nobody reads these pictures"
     count = len(rows) - 1
-    assert len(table(folder, "windows")) == count * (count + 1) // 2
+    assert len(table(folder / "windows.csv")) == count * (count + 1) // 2
 
 
 def test_another_prompt_in_all_layers_of_a_unet_is_that_prompt_whatever_seed_it_was_drawn_from(
     analysed: tuple[str, Path],
 ) -> None:
     name, folder = analysed
-    rows, starts = table(folder, "injection"), table(folder, "start")
+    rows, starts = table(folder / "injection.csv"), table(folder / "start.csv")
     whole = [float(row["towards"]) for row in rows if int(row["length"]) == len(readers(shared(name)))]
     assert all(0 <= float(row["towards"]) <= 1 for row in rows)
     if name == "sd1":
@@ -79,15 +74,15 @@ def test_the_last_single_block_of_flux_does_not_know_the_weight_of_its_text(anal
     name, folder = analysed
     if name not in ("flux-dev", "klein"):
         pytest.skip("has no single blocks")
-    rows = [row for row in table(folder, "weights") if row["layer"] == "single1"]
+    rows = [row for row in table(folder / "weights.csv") if row["layer"] == "single1"]
     assert len(rows) == 2 and rows[0]["moved"] == rows[1]["moved"]
-    first = [row["moved"] for row in table(folder, "weights") if row["layer"] == "double0"]
+    first = [row["moved"] for row in table(folder / "weights.csv") if row["layer"] == "double0"]
     assert first[0] != first[1] or name == "klein"  # whose decoder shows little
 
 
 def test_what_is_suggested_can_be_trained(analysed: tuple[str, Path]) -> None:
     name, folder = analysed
-    for row in table(folder, "suggestion"):
+    for row in table(folder / "suggestion.csv"):
         found = shared(name).select(row["selection"])
         assert found.numel == int(row["parameters"]) > 0 and row["erase"] in KINDS
 
@@ -105,7 +100,7 @@ def test_a_suggestion_names_the_weights_of_its_layers_and_no_others(name: str) -
 
 def test_activations_are_told_of_every_layer_stream_and_step(analysed: tuple[str, Path]) -> None:
     name, folder = analysed
-    rows = table(folder, "activations")
+    rows = table(folder / "activations.csv")
     assert {row["stream"] for row in rows} == ({"image"} if name == "sd1" else {"image", "text"})
     image = [row for row in rows if row["stream"] == "image"]
     assert len(image) == 2 * len(all_layers(shared(name))) and all(float(row["through"]) > 0 for row in image)

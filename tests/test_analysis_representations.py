@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,11 @@ from torch import Tensor
 
 from esd.analysis import Results, Subject, representations
 from esd.analysis.representations import channel_levels, concat, generate, img2repr, similarity, site_of, spread
-from esd.config import RepresentationsConfig
+from esd.config.analyses import RepresentationsConfig
 from esd.errors import UserError
 from esd.interventions import Skip, attach
-from tests import tiny
-from tests.families import GUIDANCE, make, shared
-from tests.programs import Command
-
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
-UNETS = ("sd1", "sd2-v", "sdxl", "sdxl-turbo")
+from tests.families import GUIDANCE, UNETS, every, make, shared
+from tests.programs import Command, erased_weights, table
 
 
 def positions(name: str) -> list[str]:
@@ -207,8 +202,7 @@ def test_the_analysis_leaves_figures_tables_and_captions(name: str, tmp_path: Pa
     representations.analyse(subject, results, **settings)
     names = {"levels", "channels", "histogram", "maps", "over_time", "similarity"}
     assert set(results.captions) == {path.stem for path in tmp_path.glob("*.png")} == names
-    with (tmp_path / "over_time.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "over_time.csv")
     assert len(rows) == 2 * 2 * len(positions(name)) and all(float(row["std"]) > 0 for row in rows)
     image = results.kept("pictures", lambda: np.zeros(0))[1]
     expected = spread(img2repr(subject.family, image, positions(name), 250, seeds=range(3))[positions(name)[0]]).mean()
@@ -219,15 +213,11 @@ def test_the_analysis_leaves_figures_tables_and_captions(name: str, tmp_path: Pa
 
 
 def test_the_program_measures_base_and_erased(command: Command) -> None:
-    from tests.test_generate import erased_weights
-
     erased_weights(command.folder / "weights/erased.safetensors")
     settings = [f"representations.{key}={value}" for key, value in FEW.items()]
     fast = ("analysis=representations", "model.path=base", "num_steps=2", "device=cpu", "run_dir=out", *settings)
     ended = command("analyze", *fast, "checkpoint=weights", "representations.prompts=[a cat]")
     assert ended.code == 0, ended.err
-    with (command.folder / "out/levels.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["model"] for row in rows} == {"base", "erased"}
+    assert {row["model"] for row in table(command.folder / "out/levels.csv")} == {"base", "erased"}
     ended = command("analyze", *fast[:4], "run_dir=nowhere", "representations.positions=[mid_blok]")
     assert ended.code == 2 and "position 'mid_blok'" in ended.err and len(ended.err.splitlines()) == 1

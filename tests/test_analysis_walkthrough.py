@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from esd.analysis.walkthrough import (
     drawings,
     errors,
     guided_by,
-    images_of,
     img2img,
     input_embeddings,
     learn,
@@ -31,14 +29,14 @@ from esd.analysis.walkthrough import (
     walk,
     with_new_word,
 )
-from esd.config import WalkthroughConfig
+from esd.config.analyses import WalkthroughConfig
 from esd.errors import UserError
+from esd.evaluation.pixels import images_of
 from esd.families import family_of
 from tests import tiny
-from tests.families import GUIDANCE, make, shared
-from tests.programs import Command
+from tests.families import GUIDANCE, every, make, shared
+from tests.programs import Command, erased_weights, table
 
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
 A, B = "a cat", "the dog in mosaic style"
 
 
@@ -222,9 +220,8 @@ def test_what_a_model_has_is_shown_and_the_rest_left_out_in_words(
     assert set(results.captions) == {path.stem for path in tmp_path.glob("*.png")} == figures
     assert len(results.notes) == len(left_out)
     assert all(words in note for words, note in zip(left_out, results.notes, strict=True))
-    with (tmp_path / "samplers.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["sampler"] for row in rows} == ({"ddim", "heun"} if name == "sd1" else {"euler"})
+    samplers = {row["sampler"] for row in table(tmp_path / "samplers.csv")}
+    assert samplers == ({"ddim", "heun"} if name == "sd1" else {"euler"})
     if name == "sd1":
         assert "at most 0 of 255" in results.captions["swap"]
 
@@ -253,8 +250,6 @@ def test_a_word_that_the_model_spells_is_refused(command: Command) -> None:
 
 
 def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_generate import erased_weights
-
     monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 4)
     erased_weights(command.folder / "weights/erased.safetensors")
     settings = [f"walkthrough.{key}={value}" for key, value in FEW.items()]

@@ -1,18 +1,19 @@
 """`python -m esd.analyze`: what every analysis leaves, that it resumes and refuses; and what analyses are made of."""
 
-import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from esd import checkpoint
 from esd.analysis import Results, Subject, figures
+from esd.config.analyze import ANALYSES
 from esd.errors import UserError
 from tests.families import shared
-from tests.programs import Command
-from tests.test_generate import erased_weights
+from tests.programs import Command, erased_weights, table
 
 LAYERS = (
     "layers.prompts=[a cat]", "layers.other_things=[a dog]", "layers.other_styles=[a cat in mosaic style]",
@@ -21,20 +22,15 @@ LAYERS = (
 FAST = ("model.path=base", "num_steps=1", "device=cpu", "run_dir=out", *LAYERS)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_figures_tables_and_captions_are_left_of_base_and_erased(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
     ended = command("analyze", *FAST, "checkpoint=weights")
     assert ended.code == 0, ended.err
     assert "without cat" in ended.out and "results are in" in ended.out.splitlines()[-1]
     assert "To erase a thing, try selection='esd_x & " in ended.out
-    table = rows(command.folder / "out/vitality.csv")
-    assert {row["version"] for row in table} == {"base", "erased"}
-    apart = {v: [row["moved"] for row in table if row["version"] == v] for v in ("base", "erased")}
+    rows = table(command.folder / "out/vitality.csv")
+    assert {row["version"] for row in rows} == {"base", "erased"}
+    apart = {v: [row["moved"] for row in rows if row["version"] == v] for v in ("base", "erased")}
     assert apart["base"] != apart["erased"], "the erased weights were on"
     captions = (command.folder / "out/captions.md").read_text()
     pictures = {name.removeprefix("out/") for name in command.files() if name.endswith(".png")}
@@ -53,6 +49,17 @@ def test_the_same_command_computes_nothing_anew_and_other_settings_are_refused(c
     assert ended.code == 2 and "layers.pictures=1 there, 2 here" in ended.err
 
 
+def test_a_run_holds_the_settings_of_its_own_analysis_and_whatever_the_others_are_by_default(command: Command) -> None:
+    assert command("analyze", *FAST).code == 0
+    file = command.folder / "out/config.yaml"
+    told = yaml.safe_load(file.read_text())
+    assert told["layers"]["pictures"] == 1 and not {*ANALYSES} - {"layers"} & {*told}
+    file.write_text(yaml.safe_dump(told | {"attention": {"pictures": 99}, "erasure": {"gone": 1}}))
+    assert command("analyze", *FAST).code == 0, "as a version that wrote all of them left it"
+    ended = command("analyze", *FAST[:4], "analysis=attention")
+    assert ended.code == 2 and "analysis.name=layers there, attention here" in ended.err
+
+
 def test_another_model_in_the_same_place_is_refused(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
     assert command("analyze", *FAST, "checkpoint=weights").code == 0
@@ -61,7 +68,28 @@ def test_another_model_in_the_same_place_is_refused(command: Command) -> None:
     told = saved.provenance | {"concepts": ["dog"]}
     checkpoint.save(saved.path, saved.differences, told)
     ended = command("analyze", *FAST, "checkpoint=weights")
-    assert ended.code == 2 and "holds results of another checkpoint (sha256 is " in ended.err
+    assert (
+        ended.code == 2 and "holds results of another checkpoint, weights/erased.safetensors (sha256 is " in ended.err
+    )
+
+
+def test_a_model_and_a_checkpoint_may_move_and_are_known_again(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    assert command("analyze", *FAST, "checkpoint=weights").code == 0
+    kept = {path.name: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
+    shutil.copytree(command.folder / "base", command.folder / "base-moved")
+    for name in ("weights", "out"):
+        (command.folder / name).rename(command.folder / f"{name}-moved")
+    moved = ("model.path=base-moved", "checkpoint=weights-moved", "run_dir=out-moved")
+    ended = command("analyze", *FAST, *moved)
+    assert ended.code == 0, ended.err
+    assert kept == {path.name: path.stat().st_mtime_ns for path in (command.folder / "out-moved/kept").iterdir()}
+    facts = json.loads((command.folder / "out-moved/facts.json").read_text())
+    assert facts["base"]["name"].endswith("base-moved") and facts["checkpoint"]["path"].startswith("weights-moved")
+    ended = command("analyze", *FAST, *moved, "model.path=other", "checkpoint=null")
+    assert ended.code == 2 and "holds results of another base, " in ended.err and "base-moved (fingerprint" in ended.err
+    ended = command("analyze", *FAST, *moved, "checkpoint=null")
+    assert ended.code == 2 and "holds results of another checkpoint, weights-moved" in ended.err
 
 
 def test_a_plan_computes_nothing(command: Command) -> None:
@@ -100,9 +128,20 @@ def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
 
     first, again = Results(tmp_path).kept("x", make), Results(tmp_path).kept("x", make)
     assert made == [1] and (first == again).all()
-    Results(tmp_path, {"base": {"name": "a"}})
-    with pytest.raises(UserError, match=r"another base \(name is a there, b here\)"):
-        Results(tmp_path, {"base": {"name": "b"}})
+
+
+def test_results_know_what_they_are_of_by_hashes_and_not_by_names(tmp_path: Path) -> None:
+    Results(tmp_path, {"base": {"name": "a", "hash": 1}, "judge": None})
+    Results(tmp_path, {"base": {"name": "b", "hash": 1}, "judge": None, "vocabulary": {"hash": 3}})  # one not told yet
+    assert json.loads((tmp_path / "facts.json").read_text())["base"]["name"] == "b"
+    for other, told in (
+        ({"base": {"name": "b", "hash": 2}}, r"another base, b \(hash is 1 there, 2 here\)"),
+        ({"judge": {"name": "c", "hash": 2}}, r"another judge \(hash is None there, 2 here\)"),
+        ({"vocabulary": None}, r"another vocabulary \(hash is 3 there, None here\)"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Results(tmp_path, other)
+    assert json.loads((tmp_path / "facts.json").read_text())["base"] == {"name": "b", "hash": 1}
 
 
 def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> None:

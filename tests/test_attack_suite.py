@@ -20,7 +20,7 @@ from esd.evaluation.erasure import DrawSettings
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.recovered import RUNS
 from esd.families import family_of
-from tests import tiny
+from tests import families, tiny
 
 ROWS = [PromptRow(3, "a cat", 11, labels={"thing": "cat"}), PromptRow(7, "the cat in mosaic style", 12)]
 ATTACKS = [NoiseProbe(etas=(1.85,), scales=(1.0,)), Completion(interrupts=(1,))]
@@ -46,14 +46,7 @@ def family() -> Any:
 
 @pytest.fixture(scope="module")
 def erased(family: Any, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Erased:
-    chosen = {key: value for key, value in family.denoiser.named_parameters() if "to_k" in key}
-    differences = {
-        key: 0.5 * torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
-        for i, (key, value) in enumerate(chosen.items())
-    }
-    path = tmp_path_factory.mktemp("erased") / "erased.safetensors"
-    checkpoint.save(path, differences, {"fingerprint": checkpoint.fingerprint(chosen), "concepts": ["cat"]})
-    return checkpoint.load(path)
+    return families.erased(family, tmp_path_factory.mktemp("erased") / "erased.safetensors", "to_k")
 
 
 def run(family: Any, erased: Any, folder: Path, attacks: Any = ATTACKS, budget: Any = None, **how: Any) -> Any:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import esd
-from esd import checkpoint, config, seeding
+from esd import checkpoint, seeding
+from esd.config.evaluate import ATTACKS
 from esd.errors import UserError
 from esd.evaluation import attacks
 from esd.evaluation.attacks import (
@@ -40,8 +41,10 @@ from esd.evaluation.prompts import PromptRow
 from esd.families import family_of
 from esd.trajectory import rollout
 from tests import tiny
+from tests.families import UNETS
+from tests.families import erased as erased_weights
+from tests.families import make as fresh
 
-UNETS = ("sd1", "sd2-v", "sdxl", "sdxl-turbo")
 FLOWS = ("sd3", "flux-dev", "klein")
 DRAW = DrawSettings(num_steps=2, guidance_scale=3.0, batch_size=4)
 ROWS = [PromptRow(3, "a cat", 11), PromptRow(7, "the cat in mosaic style", 12)]
@@ -76,18 +79,8 @@ SCORER = Redness()
 
 def make(name: str, folder: Path) -> Any:
     """A fresh family that wears erased weights, which change what it draws."""
-    family = family_of(tiny.every(name))
-    if name in FLOWS:
-        family.max_tokens = tiny.TOKENS  # type: ignore[attr-defined]
-    live = dict(family.denoiser.named_parameters())
-    chosen = {key: value for key, value in live.items() if "to_k" in key or "to_out" in key}
-    differences = {
-        key: 0.5 * torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
-        for i, (key, value) in enumerate(chosen.items())
-    }
-    path = folder / f"{name}.safetensors"
-    checkpoint.save(path, differences, {"fingerprint": checkpoint.fingerprint(chosen), "concepts": ["cat"]})
-    esd.apply(family.pipe, path)
+    family = fresh(name)
+    esd.apply(family.pipe, erased_weights(family, folder / f"{name}.safetensors", "to_k", "to_out"))
     return family
 
 
@@ -526,7 +519,7 @@ def test_an_attack_is_made_again_from_its_name_and_its_settings_as_json(kind: st
 
 
 def test_the_configuration_knows_every_attack() -> None:
-    assert tuple(QUICK) == config.ATTACKS
+    assert tuple(QUICK) == ATTACKS
     assert attacks.make("noise", {"etas": [1, 2]}) == NoiseProbe(etas=(1, 2))  # a whole number is a number
 
 

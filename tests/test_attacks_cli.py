@@ -5,23 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.programs import Command
-from tests.test_generate import FAST as FAST_IMAGES
-from tests.test_generate import erased_weights
-from tests.test_judges_by_name import tiny_resnet  # noqa: F401 - a fixture
+from tests.programs import BUNDLED, DRAW, Command, erased_weights
 
 SMALL = (
     "suite.settings.soft_prompt.steps=2",
     "suite.settings.soft_prompt.every=2",
     "suite.settings.completion.interrupts=[1]",
 )
-FAST = (*FAST_IMAGES, "suite=attacks", "suite.attacks=[completion,soft_prompt]", *SMALL, "run_dir=out")
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+FAST = (*DRAW, "suite=attacks", "suite.attacks=[completion,soft_prompt]", *SMALL, "run_dir=out")
 
 
 @pytest.fixture
-def asked(command: Command, tiny_resnet: Path) -> tuple[str, ...]:  # noqa: F811
+def asked(command: Command, tiny_resnet: Path) -> tuple[str, ...]:
     """An erased checkpoint, prompts and a judge that needs no labels, as arguments."""
     erased_weights(command.folder / "weights/erased.safetensors")
     return "prompts=[a cat, the cat]", "checkpoint=weights", f"judges=['nsfw:{tiny_resnet}']", *FAST
@@ -39,7 +36,10 @@ def test_curves_a_figure_and_pictures_are_left_and_the_same_command_attacks_noth
     left = {"out/recovery.png", "out/completion.png", "out/soft_prompt/erased/0.png", "out/config.yaml"}
     assert left <= command.files()
     assert "completion: erased" in ended.out and "results are in out" in ended.out
-    again = command("evaluate", *asked, "suite.budget.queries=500")
+    assert set(yaml.safe_load((command.folder / "out/config.yaml").read_text())["suite"]["settings"]) == {
+        *told["attacks"]
+    }
+    again = command("evaluate", *asked, "suite.budget.queries=500", "suite.settings.noise.etas=[1.5]")
     assert again.code == 0 and again.out.count("done already") == 2
     before = (command.folder / "out/config.yaml").read_bytes()
     (judge,) = [one.partition("=")[2].strip("[']").replace(":", r"\:") for one in asked if one.startswith("judges")]
@@ -52,8 +52,8 @@ def test_curves_a_figure_and_pictures_are_left_and_the_same_command_attacks_noth
 
 def test_a_model_with_a_vocabulary_is_asked_for_what_was_erased(command: Command, asked: tuple[str, ...]) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
-    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    shutil.copy(BUNDLED / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(BUNDLED / "emoji-judge")
     own = [one for one in asked if not one.startswith(("prompts", "judges", "model"))]
     own += ["model.path=base-mine", "plan_only=true"]
     ended = command("evaluate", *own)

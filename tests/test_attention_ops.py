@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from esd.errors import UserError
-from esd.families import Family
 from esd.interventions import (
     Attention,
     AttentionEdit,
@@ -24,31 +24,16 @@ from esd.interventions import (
     attach,
     positions_of,
     resolve,
-    sample,
     token_texts,
 )
 from esd.interventions.sites import is_attention
 from esd.interventions.words import aligned, alignment
-from tests import tiny
-from tests.families import GUIDANCE, make, shared
+from tests import families, tiny
+from tests.families import TEXT, UNETS, close, every, make, shared
 
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
-UNETS = ("sd1", "sd2-v", "sdxl", "sdxl-turbo")
-TEXT = dict.fromkeys(tiny.PIPELINES, "double + single") | dict.fromkeys(UNETS, "cross")
-TEXT |= {"sd3": "double.joint", "sd3.5": "double.joint"}
 WHOLE = TEXT | dict.fromkeys(UNETS, "cross + self")
 A, B = "a cat in the photo", "the dog in a rose"
-
-
-def drawn(name: str, *ops: Any, prompts: Any = (A,), family: Family | None = None) -> Tensor:
-    """Latents of a few steps under ops, all from one seed."""
-    found = family or shared(name)
-    seeds = [0] * len(prompts)
-    return sample(found, list(prompts), seeds, *ops, num_steps=3, guidance_scale=GUIDANCE[name]).latents
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, atol=5e-5, rtol=1e-4)
+drawn = partial(families.drawn, prompts=[A])
 
 
 class Recompute(AttentionOp):

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from esd.config import slug
-from tests.programs import FAST, Command
-from tests.test_generate import FAST as FAST_IMAGES
-from tests.test_generate import erased_weights
+from esd.config.paths import slug
+from tests.programs import DRAW, FAST, Command, erased_weights
 
 CAT = "concepts=[cat]"
 
@@ -150,7 +148,7 @@ def test_a_run_directory_of_another_run_is_refused(command: Command) -> None:
         *FAST,
         "objective.eta=2",
     )
-    refused(command, "holds a run of another program", "generate", "prompts=[a cat]", "run_dir=run", *FAST_IMAGES)
+    refused(command, "holds a run of another program", "generate", "prompts=[a cat]", "run_dir=run", *DRAW)
 
 
 @pytest.mark.parametrize("concept", ["AC/DC", "../../etc", 'Kilian Eng\'s "art"', "🐱", "-rf", "CON", "a: b"])
@@ -170,7 +168,7 @@ def test_weights_of_another_base_are_refused_before_anything_is_drawn(command: C
         "checkpoint=weights",
         "prompts=[a cat]",
         "run_dir=out",
-        *FAST_IMAGES,
+        *DRAW,
     )
 
 
@@ -191,7 +189,7 @@ def test_weights_of_another_base_are_refused_before_anything_is_drawn(command: C
     ],
 )
 def test_mistakes_in_what_to_draw(command: Command, arguments: list[str], told: str) -> None:
-    refused(command, told, "generate", *FAST_IMAGES, *arguments)
+    refused(command, told, "generate", *DRAW, *arguments)
 
 
 def damaged(path: Path) -> None:
@@ -207,7 +205,7 @@ def test_a_checkpoint_that_cannot_be_used(command: Command, harm: object) -> Non
     file = erased_weights(command.folder / "weights/erased.safetensors")
     harm(file)  # type: ignore[operator]
     refused(command, "weights", "files", "inspect", "weights")
-    refused(command, "weights", "generate", "checkpoint=weights", "prompts=[a cat]", "run_dir=out", *FAST_IMAGES)
+    refused(command, "weights", "generate", "checkpoint=weights", "prompts=[a cat]", "run_dir=out", *DRAW)
     shutil.rmtree(command.folder / "weights")
 
 
@@ -217,7 +215,7 @@ def test_no_experiment_and_no_tracker_may_be_said_as_null(command: Command) -> N
 
 
 def test_too_many_steps_for_the_scheduler_draw_nothing(command: Command) -> None:
-    refused(command, "num_steps is 1000", "generate", "prompts=[a cat]", *FAST_IMAGES, "num_steps=1000")
+    refused(command, "num_steps is 1000", "generate", "prompts=[a cat]", *DRAW, "num_steps=1000")
 
 
 @pytest.mark.parametrize("left", [None, "tokenizer.json", "tokenizer_config.json"])

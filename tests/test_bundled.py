@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from esd.evaluation.vocabulary import Vocabulary
 from esd.families import family_of
 from esd.interventions import AttentionMaps, positions_of
 from esd.interventions import sample as sample_under_ops
+from tests.programs import BUNDLED
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
-MODEL = CHECKPOINTS / "emoji-sd"
+MODEL = BUNDLED / "emoji-sd"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def pipe() -> StableDiffusionPipeline:
 
 
 def test_three_models_fit_in_35_mb_of_shards_of_12() -> None:
-    sizes = {file: file.stat().st_size for file in CHECKPOINTS.rglob("*") if file.is_file()}
+    sizes = {file: file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()}
     assert sum(sizes.values()) <= 35_000_000
     assert max(sizes.values()) <= 12_000_000
 
@@ -52,14 +51,14 @@ def test_it_draws_the_things_it_is_asked_for_in_the_styles(pipe: StableDiffusion
 
 
 def test_clip_reads_words_as_the_pipeline_does(pipe: StableDiffusionPipeline) -> None:
-    clip = CLIPModel.from_pretrained(CHECKPOINTS / "emoji-clip", dtype=torch.float16).text_model.state_dict()
+    clip = CLIPModel.from_pretrained(BUNDLED / "emoji-clip", dtype=torch.float16).text_model.state_dict()
     text = {name.removeprefix("text_model."): value for name, value in pipe.text_encoder.state_dict().items()}
     assert clip.keys() == text.keys()
     assert all(torch.equal(clip[name], value.half()) for name, value in text.items())
 
 
 def test_the_parts_were_trained_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(CHECKPOINTS.parent / "scripts" / "emoji")
+    monkeypatch.syspath_prepend(BUNDLED.parent / "scripts" / "emoji")
     from files import folder_digest
 
     folders = {"vae": "vae", "tokenizer": "tokenizer", "text": "text_encoder"}
@@ -69,22 +68,22 @@ def test_the_parts_were_trained_on_each_other(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_vocabulary_and_judge_know_the_same_words() -> None:
-    vocabulary, judge = Vocabulary.load(MODEL), EmojiJudge(CHECKPOINTS / "emoji-judge")
+    vocabulary, judge = Vocabulary.load(MODEL), EmojiJudge(BUNDLED / "emoji-judge")
     assert vocabulary is not None
     assert list(judge.things) == vocabulary.names("thing") and len(judge.things) >= 100
     assert list(judge.styles) == vocabulary.names("style") and len(judge.styles) >= 8
 
 
 def test_judge_passed_its_exam_and_takes_noise_for_nothing() -> None:
-    judge = EmojiJudge(CHECKPOINTS / "emoji-judge")
-    exam = json.loads((CHECKPOINTS / "emoji-judge" / "config.json").read_text())["exam"]
+    judge = EmojiJudge(BUNDLED / "emoji-judge")
+    exam = json.loads((BUNDLED / "emoji-judge" / "config.json").read_text())["exam"]
     assert exam["thing"] >= 0.97 and exam["style"] >= 0.95 and exam["outside_taken"] <= 0.06
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
     assert judge(noise).neither.mean() >= 0.9
 
 
 def test_a_reading_does_not_depend_on_the_precision_around_it() -> None:
-    judge = EmojiJudge(CHECKPOINTS / "emoji-judge")
+    judge = EmojiJudge(BUNDLED / "emoji-judge")
     images = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     plain = judge(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,7 +93,7 @@ def test_a_reading_does_not_depend_on_the_precision_around_it() -> None:
 
 @pytest.mark.parametrize("folder", ["emoji-sd", "emoji-clip", "emoji-judge"])
 def test_every_model_has_a_card_with_licence(folder: str) -> None:
-    assert "license:" in (CHECKPOINTS / folder / "README.md").read_text()
+    assert "license:" in (BUNDLED / folder / "README.md").read_text()
 
 
 def test_words_of_a_scene_are_attended_to_on_their_side(pipe: StableDiffusionPipeline) -> None:

@@ -1,7 +1,7 @@
 """The canvas: UA, IRA and CRA from a table of answers, who is harmed, and the suite that erases all in turn."""
 
-import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from esd.canvas import quoted
-from esd.config import conf_dir
+from esd.config.paths import conf_dir
 from esd.evaluation.canvas import counted, grid, mean, order, scores
 from esd.evaluation.foretold import inside
 from esd.evaluation.retention import Retained, area, curve
 from esd.evaluation.vocabulary import Target
-from tests.programs import Command, known_model
+from tests.programs import BUNDLED, Command, known_model, table
 
 THINGS, STYLES = ["cat", "dog", "rose"], ["flat", "neon"]
-MODEL = Path(__file__).parents[1] / "checkpoints" / "emoji-sd"
+MODEL = BUNDLED / "emoji-sd"
 
 
-def table(answers: dict[tuple[str, str], tuple[str, str]]) -> list[dict[str, str]]:
+def pictured(answers: dict[tuple[str, str], tuple[str, str]]) -> list[dict[str, str]]:
     """A picture of every thing in every style, read as asked for unless `answers` says otherwise."""
     return [
         {
@@ -38,8 +38,8 @@ def table(answers: dict[tuple[str, str], tuple[str, str]]) -> list[dict[str, str
 
 
 def test_scores_are_the_accuracies_that_unlearncanvas_defines() -> None:
-    base = table({("dog", "neon"): ("cat", "neon")})
-    erased = table(
+    base = pictured({("dog", "neon"): ("cat", "neon")})
+    erased = pictured(
         {
             ("cat", "flat"): ("dog", "flat"),
             ("cat", "neon"): ("cat", "flat"),
@@ -60,13 +60,13 @@ def test_scores_are_the_accuracies_that_unlearncanvas_defines() -> None:
 
 
 def test_pictures_that_are_not_there_count_nowhere() -> None:
-    rows = table({})
+    rows = pictured({})
     rows[0] = {name: value for name, value in rows[0].items() if not name.startswith("judge")} | {"state": "missing"}
     assert counted(rows, "judge")["thing"] == {"cat": (1, 1), "dog": (2, 2), "rose": (2, 2)}
 
 
 def test_what_the_base_cannot_draw_has_no_share_of_it() -> None:
-    blind = table({(thing, style): ("", "") for thing in THINGS for style in STYLES})
+    blind = pictured({(thing, style): ("", "") for thing in THINGS for style in STYLES})
     found = scores(Target("thing", "cat"), counted(blind, "judge"), counted(blind, "judge"))
     assert found["UA"]["rate"] == 1 and all(score["of_base"] is None for score in found.values())
 
@@ -74,7 +74,7 @@ def test_what_the_base_cannot_draw_has_no_share_of_it() -> None:
 @given(st.data())
 def test_a_model_that_changed_nothing_keeps_all_that_the_base_has(data: st.DataObject) -> None:
     answer = st.sampled_from(THINGS), st.sampled_from(STYLES)
-    rows = table({(t, s): data.draw(st.tuples(*answer)) for t in THINGS for s in STYLES})
+    rows = pictured({(t, s): data.draw(st.tuples(*answer)) for t in THINGS for s in STYLES})
     counts = counted(rows, "judge")
     for target in order(THINGS, STYLES):
         found = scores(target, counts, counts)
@@ -83,8 +83,8 @@ def test_a_model_that_changed_nothing_keeps_all_that_the_base_has(data: st.DataO
 
 
 def test_means_weigh_erasures_alike_and_tell_how_many_there_are() -> None:
-    base = counted(table({}), "judge")
-    gone = counted(table({("cat", "flat"): ("dog", "flat"), ("cat", "neon"): ("dog", "neon")}), "judge")
+    base = counted(pictured({}), "judge")
+    gone = counted(pictured({("cat", "flat"): ("dog", "flat"), ("cat", "neon"): ("dog", "neon")}), "judge")
     told = mean([scores(Target("thing", name), base, gone) for name in ("cat", "dog")])
     assert told["UA"] == {"rate": (1 + 0) / 2, "base": 0, "of_base": (1 + 0) / 2, "erasures": 2}
 
@@ -187,8 +187,19 @@ def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_
     assert [erasure[name]["n"] for name in ("UA", "IRA", "CRA")] == [2, 2, 4]
     assert (command.folder / "canvas/thing-cat/training/lora.safetensors").is_file()
     assert len(erasure["denoiser"]["erased"]["points"]) == 2
-    (line,) = csv.DictReader((command.folder / "canvas/canvas.csv").open())
+    (line,) = table(command.folder / "canvas/canvas.csv")
     assert float(line["residual"]) == inside(erasure["denoiser"])["residual"] and float(line["drift"]) >= 0
+    made = {path: path.stat().st_mtime_ns for path in (command.folder / "canvas/thing-cat").rglob("*.png")}
+    trained = shutil.copytree(
+        command.folder / "canvas/thing-cat/training", command.folder / "canvas/style-flat/training"
+    )
+    for limit, names in (("2", ["cat", "flat"]), ("1", ["cat"])):  # goes on; tells of fewer, and deletes nothing
+        ended = command("evaluate", *known, "method=lora", training, f"limit={limit}", "denoiser_points=0")
+        assert ended.code == 0, ended.err
+        told = json.loads((command.folder / "canvas/metrics.json").read_text())
+        assert [one["name"] for one in told["erasures"]] == names and told["planned"] == len(names)
+    assert made == {path: path.stat().st_mtime_ns for path in (command.folder / "canvas/thing-cat").rglob("*.png")}
+    assert trained.is_dir() and len([*(command.folder / "canvas/style-flat/erased").glob("*.png")]) == 4
     before = (command.folder / "canvas/config.yaml").read_bytes()
     manifest = command.folder / "canvas/base/manifest.json"
     manifest.write_text(manifest.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
@@ -211,7 +222,7 @@ def test_one_erasure_of_the_canvas_is_told_and_resumed(
     assert (erasure["name"], erasure["UA"]["n"], erasure["IRA"]["n"], erasure["CRA"]["n"]) == ("cat", 10, 190, 200)
     assert erasure["UA"]["rate"] >= 0.9 and erasure["IRA"]["of_base"] >= 0.85 and erasure["CRA"]["of_base"] >= 0.9
     assert len(erasure["retention"]) == 19 and -0.1 < erasure["over_erasure"] < 0.2
-    (line,) = csv.DictReader((tmp_path / "canvas/canvas.csv").open())
+    (line,) = table(tmp_path / "canvas/canvas.csv")
     assert float(line["UA"]) == erasure["UA"]["rate"] and line["name"] == "cat"
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "canvas").rglob("*.png")}
     assert len(drawn) == 401  # and the preview

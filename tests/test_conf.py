@@ -7,16 +7,19 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 
-from esd.config import AnalyzeConfig, EvaluateConfig, GenerateConfig, ObjectiveConfig, TrainConfig, conf_dir, fields_of
+from esd.config.analyze import AnalyzeConfig
+from esd.config.evaluate import EvaluateConfig
+from esd.config.generate import GenerateConfig
+from esd.config.options import fields_of
+from esd.config.paths import conf_dir
+from esd.config.train import TrainConfig
+from esd.config.train_sections import ObjectiveConfig
 from esd.main import help_text
 from esd.objectives import Objective
+from tests.programs import SCHEMAS, composed
 
-SCHEMAS = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig, "analyze": AnalyzeConfig}
 OWN = {"evaluate": {"suite", "method"}, "analyze": {"analysis"}}  # groups that only one program knows
 NEEDED = {
     "suite=emoji_canvas": ["method=esd_u"],
@@ -28,12 +31,6 @@ NEEDED = {
 FILES = sorted(conf_dir().rglob("*.yaml"))
 ROOT = Path(__file__).parents[1]
 GROUPED = [path for path in FILES if path.parent != conf_dir()]
-
-
-def composed(name: str, overrides: list[str]) -> TrainConfig | GenerateConfig | EvaluateConfig | AnalyzeConfig:
-    ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return OmegaConf.to_object(compose(config_name=name, overrides=overrides))
 
 
 @pytest.mark.parametrize("path", GROUPED, ids=lambda path: f"{path.parent.name}={path.stem}")

@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd.config import AnalyzeConfig, GenerateConfig, TrainConfig, conf_dir, fields_of, slug
+from esd.config.analyze import AnalyzeConfig
+from esd.config.generate import GenerateConfig
+from esd.config.options import fields_of
+from esd.config.paths import conf_dir, slug
+from esd.config.train import TrainConfig
 from esd.errors import UserError
 
 

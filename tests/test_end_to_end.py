@@ -11,9 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import esd
-from tests.programs import Command
+from tests.programs import BUNDLED, Command
 
-MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "emoji-sd"
+MODEL = BUNDLED / "emoji-sd"
 FEWER = [
     f"evaluation.{kind}_images={n}" for kind, n in (("target", 60), ("retained", 120), ("implied", 30), ("preview", 4))
 ]

@@ -1,20 +1,17 @@
 """`python -m esd.evaluate`: what it leaves, that it resumes and refuses, and that its table says it all again."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from esd.evaluation.generate import Manifest
 from esd.evaluation.table import rates, read_table
-from tests.programs import Command
-from tests.test_generate import FAST as FAST_IMAGES
-from tests.test_generate import erased_weights
-from tests.test_judges_by_name import tiny_clip  # noqa: F401 - a fixture
+from tests.programs import BUNDLED, DRAW, Command, erased_weights
 
-FAST = (*FAST_IMAGES, "denoiser_points=0", "run_dir=out")
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+FAST = (*DRAW, "denoiser_points=0", "run_dir=out")
 
 
 @pytest.fixture
@@ -34,7 +31,7 @@ def metrics(command: Command) -> dict:
 def test_images_a_table_and_metrics_are_left_and_the_table_says_the_rates_again(
     command: Command,
     asked: tuple[str, ...],
-    tiny_clip: Path,  # noqa: F811
+    tiny_clip: Path,
 ) -> None:
     ended = command("evaluate", *asked, f"judges=['clip:{tiny_clip}',ssim]", "denoiser_points=2")
     assert ended.code == 0, ended.err
@@ -63,9 +60,8 @@ def test_the_same_command_draws_nothing_anew_and_other_settings_are_refused(
     assert command("evaluate", *asked, "denoiser_points=1", "batch_size=2").code == 0
     assert metrics(command)["images_drawn"] == 0 and metrics(command)["denoiser"]
     assert drawn == {path: path.stat().st_mtime_ns for path in (command.folder / "out").rglob("*.png")}
-    for more, told in (("num_steps=3", "num_steps=2 there, 3 here"), ("limit=2", "limit=None there, 2 here")):
-        ended = command("evaluate", *asked, more)
-        assert ended.code == 2 and told in ended.err
+    ended = command("evaluate", *asked, "num_steps=3")
+    assert ended.code == 2 and "num_steps=2 there, 3 here" in ended.err
 
 
 def test_another_erased_model_finds_the_images_of_the_base(command: Command, asked: tuple[str, ...]) -> None:
@@ -89,8 +85,22 @@ def test_damaged_images_are_counted_and_warned_of(command: Command, asked: tuple
 
 def test_a_limit_takes_prompts_from_all_over_the_set(command: Command, asked: tuple[str, ...]) -> None:
     assert command("evaluate", *asked, "limit=3", "judges=[ssim]").code == 0
-    with (command.folder / "out/images.csv").open() as file:
-        assert [row["case_number"] for row in csv.DictReader(file)] == ["0", "2", "4"] * 2
+    assert [row["case_number"] for row in read_table(command.folder / "out/images.csv")] == ["0", "2", "4"] * 2
+
+
+def test_another_limit_goes_on_with_what_is_there_and_tells_of_what_it_asks(
+    command: Command, asked: tuple[str, ...]
+) -> None:
+    for limit, cases, drawn in (("3", "024", 6), ("4", "0134", 4), ("null", "012345", 2), ("3", "024", 0)):
+        assert command("evaluate", *asked, f"limit={limit}", "judges=[ssim]").code == 0
+        told = metrics(command)
+        assert told["images_drawn"] == drawn and told["limit"] == yaml.safe_load(limit)
+        assert told["images"]["erased"]["ok"] == told["scores"]["erased"]["ssim"]["n"] == len(cases)
+        rows = read_table(command.folder / "out/images.csv")
+        assert [row["case_number"] for row in rows] == [*cases, *cases]
+    for folder in ("base", "erased"):
+        known = {image.file for image in Manifest.load(command.folder / "out" / folder).images}
+        assert known == {path.name for path in (command.folder / "out" / folder).glob("*.png")} and len(known) == 6
 
 
 def test_the_base_alone_is_measured(command: Command) -> None:
@@ -131,16 +141,16 @@ def test_mistakes_are_told_before_anything_is_drawn(command: Command, arguments:
 
 def test_pictures_that_the_bundled_judge_cannot_read_are_told_before_they_are_drawn(command: Command) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
-    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    shutil.copy(BUNDLED / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(BUNDLED / "emoji-judge")
     ended = command("evaluate", "prompts=[a cat]", *FAST, "model.path=base-mine", "judges=[emoji-judge]")
     assert ended.code == 2 and "reads pictures of 64 pixels, and the model's pictures are not" in ended.err
 
 
-def test_a_judge_that_never_saw_such_pictures_is_warned_of(command: Command, tiny_clip: Path) -> None:  # noqa: F811
+def test_a_judge_that_never_saw_such_pictures_is_warned_of(command: Command, tiny_clip: Path) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    shutil.copy(CHECKPOINTS / "emoji-sd/vocabulary.json", command.folder / "base-mine")
-    (command.folder / "emoji-judge").symlink_to(CHECKPOINTS / "emoji-judge")
+    shutil.copy(BUNDLED / "emoji-sd/vocabulary.json", command.folder / "base-mine")
+    (command.folder / "emoji-judge").symlink_to(BUNDLED / "emoji-judge")
     asked = ("evaluate", "prompts=['a {thing}']", "limit=1", *FAST, "model.path=base-mine", "plan_only=true")
     ended = command(*asked, f"judges=['clip:{tiny_clip}']")
     assert ended.code == 0 and "never on emoji-sd's pictures; its rates may mean nothing" in ended.err

@@ -25,7 +25,7 @@ from esd.sources import Bank, Conditions, Sampling
 from esd.trajectory import rollout
 from esd.weights import WeightViews
 from tests import tiny
-from tests.families import FEW_WORDS, GUIDANCE, TOLD, make, shared
+from tests.families import GUIDANCE, MMDITS, TOLD, make, shared
 from tests.plans import PLAN, SAMPLING
 
 PROMPTS = ["a cat", "the dog in mosaic style"]
@@ -34,7 +34,7 @@ LONG = dataclasses.replace(  # every update sees the whole bank, so that one los
     objective=Objective(eta=2.0),
 )  # fmt: skip
 
-NAMES = (*tiny.PIPELINES, "pixart")  # the last as docs/add-a-family.md adds it
+NAMES = (*tiny.PIPELINES, *tiny.OTHERS)
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -152,7 +152,7 @@ def test_a_saved_pipeline_is_recognised(name: str, tmp_path: Path) -> None:
     family.pipe.save_pretrained(tmp_path)
     again: Any = family_of(load_pipeline(tmp_path))
     assert (type(again), again.guidance) == (type(family), family.guidance)
-    if name in FEW_WORDS:
+    if name in MMDITS:
         again.max_tokens = tiny.TOKENS
     for key, tensor in family.encode(PROMPTS).tensors.items():
         torch.testing.assert_close(again.encode(PROMPTS).tensors[key], tensor)
@@ -204,7 +204,7 @@ def test_a_prediction_does_not_depend_on_its_batch(name: str) -> None:
 @every
 def test_decoding_gives_the_stock_pipelines_images(name: str) -> None:
     family, guidance = shared(name), GUIDANCE[name]
-    tokens = {"max_sequence_length": family.max_tokens} if name in FEW_WORDS else {}
+    tokens = {"max_sequence_length": family.max_tokens} if hasattr(family, "max_tokens") else {}
     images = family.pipe(
         prompt=PROMPTS, guidance_scale=guidance, num_inference_steps=2, generator=generators(0, 1), output_type="pt",
         height=16, width=16, **tokens, **TOLD.get(family.name, {}),
@@ -277,7 +277,7 @@ def test_selections_are_those_of_upstreams_rules(name: str, expression: str) -> 
     assert set(family.select(expression).names) == module_rule(family.denoiser, RULES[name, expression])
 
 
-@pytest.mark.parametrize("name", sorted(FEW_WORDS - {"pixart"}))
+@pytest.mark.parametrize("name", sorted(MMDITS))
 def test_a_preset_of_cross_attention_says_what_it_means_on_a_model_without_any(name: str) -> None:
     family = shared(name)
     assert "no cross-attention" in family.select("esd_x + time").describe().splitlines()[-1]

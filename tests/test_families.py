@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from esd import config
+from esd.config import train_sections
 from esd.errors import UserError
 from esd.families import Conditioning, Family, check_model, family_of, load_pipeline
 from esd.families.diffusion import SCHEDULERS
@@ -79,7 +79,7 @@ def test_initial_noise_is_that_of_the_stock_pipeline(tiny_family: Family) -> Non
 
 
 def test_the_settings_offer_the_schedulers_there_are() -> None:
-    assert list(SCHEDULERS) == list(config.SCHEDULERS)
+    assert list(SCHEDULERS) == list(train_sections.SCHEDULERS)
 
 
 @pytest.mark.parametrize("name", [None, *SCHEDULERS])

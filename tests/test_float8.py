@@ -26,7 +26,7 @@ from esd.trajectory import predict_many, rollout
 from tests import published, tiny
 from tests.plans import PLAN
 from tests.programs import Command
-from tests.test_train_cli import train as train_program
+from tests.programs import train as train_program
 
 some = pytest.mark.parametrize("name", ["sd1", "sd3.5", "flux-dev"])
 THIN = dataclasses.replace(

@@ -15,27 +15,15 @@ from PIL import Image
 from esd import checkpoint
 from esd.errors import UserError
 from esd.evaluation.generate import Manifest, Share, base_of, generate, plan, sample
+from esd.evaluation.pixels import images_of
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
 from esd.families import family_of
 from tests import tiny
-from tests.programs import Command
+from tests.programs import DRAW, Command, erased_weights
 
 SETTINGS = {"num_steps": 2, "guidance_scale": 3.0}
 BASE = {"name": "tiny/sd", "revision": None, "fingerprint": "ab"}
-FAST = ("model.path=base", "num_steps=2", "device=cpu")
-
-
-def erased_weights(path: Path, seed: int = 0) -> Path:
-    """A checkpoint that changes the tiny base of that seed visibly."""
-    unet = tiny.pipeline(seed=seed).unet
-    base = {name: value for name, value in unet.named_parameters() if "conv_in" in name}
-    differences = {name: torch.full_like(value, 0.5) for name, value in base.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(
-        path, differences, {"fingerprint": checkpoint.fingerprint(base), "concepts": ["cat"], "base": "base"}
-    )
-    return path
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -45,6 +33,16 @@ def test_an_image_does_not_depend_on_its_batch(batch_size: int) -> None:
     apart = sample(pipe, prompts[::-1], seeds[::-1], batch_size=batch_size, **SETTINGS)[::-1]
     assert together.shape == (3, 16, 16, 3) and together.dtype == np.uint8
     assert np.abs(together.astype(int) - apart).max() <= 1  # rounding to 8 bits
+
+
+def test_latents_are_decoded_alike_in_any_batches_and_those_without_a_picture_are_refused() -> None:
+    family = family_of(tiny.pipeline())
+    latents = family.initial_noise([torch.Generator().manual_seed(seed) for seed in range(3)])
+    images = images_of(family, latents)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    assert np.abs(images.astype(int) - images_of(family, latents, batch_size=2)).max() <= 1
+    with pytest.raises(UserError, match="not finite"):
+        images_of(family, torch.cat([latents, latents[:1] * torch.nan]), batch_size=2)
 
 
 def test_files_are_named_by_case_and_sample_and_existing_ones_are_kept(tmp_path: Path) -> None:
@@ -185,7 +183,7 @@ def test_pictures_that_are_not_finite_are_a_mistake_not_black() -> None:
 
 def test_images_of_another_base_are_refused(command: Command) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
-    draw_cat = ("generate", "prompts=[a cat]", "run_dir=out", *FAST, "model.path=base-mine")
+    draw_cat = ("generate", "prompts=[a cat]", "run_dir=out", *DRAW, "model.path=base-mine")
     assert command(*draw_cat).code == 0
     told = json.loads((command.folder / "out/base/manifest.json").read_text())["base"]
     assert told["name"] == str((command.folder / "base-mine").resolve()) and told["revision"] is None
@@ -224,7 +222,7 @@ def test_a_picture_holds_every_row_and_column(tmp_path: Path) -> None:
 
 def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
-    ended = command("generate", "checkpoint=weights", "prompts=[a cat, a dog]", "run_dir=out", *FAST)
+    ended = command("generate", "checkpoint=weights", "prompts=[a cat, a dog]", "run_dir=out", *DRAW)
     assert ended.code == 0, ended.err
     left = {name.removeprefix("out/") for name in command.files() if name.startswith("out/")}
     assert left == {
@@ -244,14 +242,14 @@ def test_base_and_erased_are_drawn_side_by_side(command: Command) -> None:
 
 def test_prompts_come_from_a_file_and_the_base_may_be_drawn_alone(command: Command) -> None:
     (command.folder / "p.csv").write_text("case_number,prompt,evaluation_seed\n4,a cat,11\n")
-    ended = command("generate", "prompts=p.csv", "run_dir=out", "images_per_prompt=2", *FAST)
+    ended = command("generate", "prompts=p.csv", "run_dir=out", "images_per_prompt=2", *DRAW)
     assert ended.code == 0, ended.err
     assert {"out/base/4_0.png", "out/base/4_1.png", "out/contact_sheet.png"} <= command.files()
     assert "out/erased" not in command.files()
 
 
 def test_templates_run_over_what_the_model_knows(command: Command) -> None:
-    asked = ("generate", "prompts=['a {thing}, {style} style']", *FAST)
+    asked = ("generate", "prompts=['a {thing}, {style} style']", *DRAW)
     ended = command(*asked)
     assert ended.code == 2 and "ships no vocabulary.json" in ended.err
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
@@ -272,7 +270,7 @@ def test_templates_run_over_what_the_model_knows(command: Command) -> None:
 
 def test_what_the_text_encoder_does_not_read_is_told(command: Command) -> None:
     long = "a cat in the style of a dog in the style of a rose"
-    ended = command("generate", f"prompts=[a cat,{long}]", "run_dir=out", *FAST)
+    ended = command("generate", f"prompts=[a cat,{long}]", "run_dir=out", *DRAW)
     assert ended.code == 0 and "does not read" in ended.err and ended.err.count("warning") == 1
     assert list(Manifest.load(command.folder / "out/base").cut) == [long]
 
@@ -280,14 +278,14 @@ def test_what_the_text_encoder_does_not_read_is_told(command: Command) -> None:
 @pytest.mark.parametrize("width", [17, 18])  # no latents, and none that the stock pipeline takes
 def test_a_size_that_the_model_cannot_draw_is_refused(command: Command, width: int) -> None:
     (command.folder / "p.csv").write_text(f"case_number,prompt,width\n4,a cat,16\n5,a dog,{width}\n")
-    ended = command("generate", "prompts=p.csv", "run_dir=out", *FAST)
+    ended = command("generate", "prompts=p.csv", "run_dir=out", *DRAW)
     assert ended.code == 2 and f"case_number 5: width={width}: allowed: multiples of" in ended.err, ended.err
 
 
 @pytest.mark.slow(reason="starts a launcher and two Pythons of its own, which import torch")
 def test_two_processes_draw_what_one_would_into_one_folder(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
-    asked = ("checkpoint=weights", "prompts=[a cat, a dog, a rose]", *FAST)
+    asked = ("checkpoint=weights", "prompts=[a cat, a dog, a rose]", *DRAW)
     assert command("generate", *asked, "run_dir=one").code == 0
     launch = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "esd.generate")
     ended = subprocess.run(
@@ -338,7 +336,7 @@ def test_an_intervention_that_cannot_be_read_is_refused(command: Command, text: 
 
 
 def test_a_plan_draws_nothing(command: Command) -> None:
-    ended = command("generate", "prompts=[a cat]", "plan_only=true", *FAST)
+    ended = command("generate", "prompts=[a cat]", "plan_only=true", *DRAW)
     assert ended.code == 0 and command.files() == set()
 
 

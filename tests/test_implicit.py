@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +9,14 @@ import pytest
 from esd.evaluation.implicit import JUDGES, WAYS, rates, rows
 from esd.evaluation.judges import EmojiJudge, HalvesJudge, half
 from esd.evaluation.vocabulary import Target, Vocabulary
-from tests.programs import Command, known_model
-from tests.test_generate import erased_weights
+from tests.programs import BUNDLED, Command, erased_weights, known_model
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 N = 300
 
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    found = Vocabulary.load(CHECKPOINTS / "emoji-sd")
+    found = Vocabulary.load(BUNDLED / "emoji-sd")
     assert found
     return found
 
@@ -96,7 +93,7 @@ def test_every_way_has_its_rate_and_of_a_scene_each_half(vocabulary: Vocabulary)
 
 
 def test_halves_are_read_as_the_judge_reads_them() -> None:
-    judge, images = EmojiJudge(CHECKPOINTS / "emoji-judge"), np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3))
+    judge, images = EmojiJudge(BUNDLED / "emoji-judge"), np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3))
     drawn = images.astype(np.uint8)
     read = HalvesJudge(judge)(drawn)
     for side, question in enumerate(("first", "second")):

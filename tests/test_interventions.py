@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
-from torch import Tensor, nn
+from torch import nn
 
 from esd.errors import UserError
-from esd.families import Family
 from esd.families.base import Conditioning
 from esd.interventions import (
     CrossSeed,
@@ -30,23 +28,10 @@ from esd.interventions import (
 )
 from esd.selection import SelectionError
 from tests import tiny
-from tests.families import GUIDANCE, make, shared
+from tests.families import GUIDANCE, MMDITS, TEXT, UNETS, close, drawn, every, make, shared
 
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
-UNETS = ("sd1", "sd2-v", "sdxl", "sdxl-turbo")
-MMDITS = tuple(name for name in tiny.PIPELINES if name not in UNETS)
-TEXT = dict.fromkeys(UNETS, "cross") | dict.fromkeys(MMDITS, "double + single") | {"sd3": "double", "sd3.5": "double"}
+BLOCKS = TEXT | {"sd3": "double", "sd3.5": "double"}  # that read the text, attention and all
 A, B = "a cat", "the dog in mosaic style"
-
-
-def drawn(name: str, *ops: Any, prompts: Any = (A,), seeds: Any = (0,), family: Family | None = None) -> Tensor:
-    """Latents of a few steps under ops."""
-    found = family or shared(name)
-    return sample(found, list(prompts), list(seeds), *ops, num_steps=3, guidance_scale=GUIDANCE[name]).latents
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, atol=2e-5, rtol=1e-4)
 
 
 @every
@@ -71,8 +56,8 @@ def test_what_a_run_injects_into_itself_changes_nothing(name: str) -> None:
     itself = Source(A, 0)
     plain = drawn(name)
     for op in (
-        InjectText(TEXT[name], source=itself),
-        InjectText(TEXT[name], source=itself, flow=False),
+        InjectText(BLOCKS[name], source=itself),
+        InjectText(BLOCKS[name], source=itself, flow=False),
         CrossSeed(" + ".join(dict.fromkeys(site.stack for site in layers(shared(name)))) if name in MMDITS else "cross",
                   source=itself),
         Patch("ff", source=itself),
@@ -84,7 +69,7 @@ def test_what_a_run_injects_into_itself_changes_nothing(name: str) -> None:
 def test_another_prompts_text_at_every_layer_that_reads_it_is_that_prompt(name: str) -> None:
     """... with the own noise and the own pooled prompt; where the text flows on, at the first layer alone."""
     family = shared(name)
-    where = TEXT[name] if name in UNETS else "double[0]"
+    where = BLOCKS[name] if name in UNETS else "double[0]"
     injected = drawn(name, InjectText(where, source=Source(B, 5), on="cond"))
     own, other = family.encode([A]), family.encode([B])
     mixed = Conditioning({**own.tensors, "encoder_hidden_states": other.tensors["encoder_hidden_states"]})

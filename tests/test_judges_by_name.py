@@ -1,6 +1,5 @@
 """Judges by name: tables that can be read again, tiny networks read as they say, and what is missing is said."""
 
-import json
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ResNetConfig
+from transformers import CLIPModel
 from transformers import ResNetForImageClassification as ResNet
 
 from esd.errors import UserError
@@ -19,9 +18,8 @@ from esd.evaluation.judges_by_name import find
 from esd.evaluation.pretrained import Classifier, ZeroShot, preprocessor
 from esd.evaluation.vocabulary import Vocabulary
 from tests import tiny
+from tests.programs import BUNDLED
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TEXTS = {"class": {"cat": ["a cat", "a photo of a cat"], "dog": ["a dog"], "rose": ["a rose"]}}
 
 
@@ -29,44 +27,8 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
-def found(name: str, model: Path = CHECKPOINTS / "emoji-sd", **labels: list[str]) -> object:
+def found(name: str, model: Path = BUNDLED / "emoji-sd", **labels: list[str]) -> object:
     return find(name, model=str(model), vocabulary=Vocabulary.load(model), labels=labels)
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP with random weights, in a folder."""
-    folder, words = tmp_path_factory.mktemp("clip"), tiny.tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=tiny.LENGTH, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
-        folder
-    )
-    words.save_pretrained(folder)
-    told = HALF | {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "image_processor_type":
-                   "CLIPImageProcessor"}  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet of three labels with random weights, in a folder."""
-    folder = tmp_path_factory.mktemp("resnet")
-    torch.manual_seed(0)
-    labels = {0: "tench, Tinca tinca", 1: "nsfw", 2: "sfw"}
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=labels)
-    ResNet(config).save_pretrained(folder)
-    told = HALF | {"size": {"height": 32, "width": 32}, "image_processor_type": "ViTImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
-    return folder
 
 
 @pytest.mark.parametrize(("name", "width"), [("emoji-judge", 64), ("emoji-clip", 64), ("emoji-clip", 96)])
@@ -133,7 +95,7 @@ def test_pixels_are_sized_cut_and_scaled_as_the_file_says(tiny_clip: Path, tiny_
     np.testing.assert_allclose(cut[0].permute(1, 2, 0), image[0, :, 4:20] / 127.5 - 1, atol=1e-5)
     whole = preprocessor(tiny_resnet)(image)
     assert whole.shape == (1, 3, 32, 32) and -1 <= whole.min() < -0.5
-    same = preprocessor(CHECKPOINTS / "emoji-clip")(images := noise(2, 64, 64))
+    same = preprocessor(BUNDLED / "emoji-clip")(images := noise(2, 64, 64))
     np.testing.assert_allclose(same.permute(0, 2, 3, 1), images / 127.5 - 1, atol=1e-5)  # as it was trained
 
 

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from esd.errors import UserError
-from esd.families import Family
 from esd.interventions import (
     AttentionEdit,
     Guide,
@@ -20,27 +19,11 @@ from esd.interventions import (
     Op,
     Source,
     attach,
-    sample,
 )
 from esd.trajectory import clean
-from tests import tiny
-from tests.families import GUIDANCE, make, shared
+from tests.families import TEXT, close, drawn, every, make, shared
 
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
-UNETS = ("sd1", "sd2-v", "sdxl", "sdxl-turbo")
-TEXT = dict.fromkeys(tiny.PIPELINES, "double + single") | dict.fromkeys(UNETS, "cross")
-TEXT |= {"sd3": "double.joint", "sd3.5": "double.joint"}
 A, B = "a cat", "the dog"
-
-
-def drawn(name: str, *ops: Any, prompts: Any = (A,), seeds: Any = (0,), **how: Any) -> Tensor:
-    """Latents of a few steps under ops."""
-    found: Family = how.pop("family", None) or shared(name)
-    return sample(found, prompts, seeds, *ops, num_steps=3, guidance_scale=GUIDANCE[name], **how).latents
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, atol=5e-5, rtol=1e-4)
 
 
 @every

@@ -20,12 +20,10 @@ from esd.errors import UserError
 from esd.families import family_of
 from esd.lora import Lora, LoraViews, LowRank
 from tests import tiny
-from tests.families import shared
+from tests.families import GUIDANCE, every, shared
 from tests.plans import PLAN, SAMPLING
 
 PROMPT = "a cat"
-GUIDANCE = {"sdxl-turbo": 0.0, "flux-schnell": 0.0, "klein": 1.0}
-every = pytest.mark.parametrize("name", list(tiny.PIPELINES))
 THIN = dataclasses.replace(
     PLAN, lora=Lora(3, 6.0), selection="esd_all", updates=3, batch_size=4, lr=2e-2, rollouts=2, reuse=8
 )
@@ -50,7 +48,7 @@ def drawn(pipe: Any, guidance: float) -> Tensor:
 
 @every
 def test_the_stock_loader_draws_what_our_checkpoint_draws(name: str, tmp_path: Path) -> None:
-    family, guidance = family_of(tiny.every(name)), GUIDANCE.get(name, 3.0)
+    family, guidance = family_of(tiny.every(name)), GUIDANCE[name]
     before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
     base = drawn(family.pipe, guidance)
     train(family, tmp_path, sampling=dataclasses.replace(SAMPLING, guidance_scale=guidance))

@@ -22,8 +22,7 @@ from esd.memory import Counter, Memory, Phase
 from esd.plan import TrainPlan
 from tests import tiny
 from tests.plans import PLAN, SAMPLING
-from tests.programs import Command
-from tests.test_train_cli import train
+from tests.programs import Command, train
 
 ROOT = Path(__file__).parents[1]
 BUSY = dataclasses.replace(PLAN, selection="esd_x", batch_size=6, updates=1, preserve=("a dog",))

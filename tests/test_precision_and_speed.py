@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from esd.families import family_of
 from esd.lora import Lora
 from esd.plan import TrainPlan
 from tests import tiny
-from tests.plans import PLAN
-from tests.programs import Command
-from tests.test_train_cli import train
+from tests.plans import PLAN, metrics, same
+from tests.programs import Command, train
 
 
 def accelerator() -> Any:
@@ -50,14 +48,6 @@ def cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch, *how: Any) -> None:
         patched.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
         with pytest.raises(RuntimeError, match="cut off"):
             run(folder, *how)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_update_that_fp16_overflows_is_skipped_and_not_taken_for_divergence(tmp_path: Path) -> None:

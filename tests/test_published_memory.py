@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from esd import memory
-from esd.config import TrainConfig
+from esd.config.train import TrainConfig
 from esd.memory import GB, RESERVE, Memory
 from esd.train import make_plan, mixed_precision
 from tests import published
-from tests.test_conf import composed
+from tests.programs import composed
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = "Real models"  # the heading of the table of phases

@@ -12,10 +12,6 @@ from esd.families import Family, family_of
 from tests import published, tiny
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
-TINY = {  # a pipeline of the same family, whose denoiser gives way to the real one
-    "SD 1.4": "sd1", "SD 2.1": "sd2-v", "SDXL": "sdxl", "SD 3.5 medium": "sd3.5", "FLUX.1-dev": "flux-dev",
-    "FLUX.2 Klein 4B": "klein",
-}  # fmt: skip
 
 
 def documented() -> dict[str, dict[str, int]]:
@@ -32,7 +28,7 @@ def documented() -> dict[str, dict[str, int]]:
 
 
 def family(name: str) -> Family:
-    pipe = tiny.every(TINY[name])
+    pipe = tiny.every(published.TINY[name])
     setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", published.denoiser(name))
     return family_of(pipe)
 

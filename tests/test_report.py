@@ -15,7 +15,6 @@ from esd.evaluation.report import is_report
 from esd.evaluation.table import read_table, write_table
 from tests import finished
 from tests.programs import FAST, Command
-from tests.test_judges_by_name import tiny_resnet  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "input", "br", "link"}
@@ -79,7 +78,7 @@ def check(made: Page) -> Page:
     return made
 
 
-def test_what_the_programs_leave_becomes_one_file(command: Command, tiny_resnet: Path) -> None:  # noqa: F811
+def test_what_the_programs_leave_becomes_one_file(command: Command, tiny_resnet: Path) -> None:
     trained = command("train", "concepts=[cat]", "run_dir=cat", *FAST)
     assert trained.code == 0, trained.err
     drawn = ("model.path=base", "num_steps=2", "device=cpu", "denoiser_points=2", "judges=[ssim]", "base_images=null")

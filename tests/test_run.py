@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from esd.config import GenerateConfig, TrackerConfig, TrainConfig
+from esd.config.generate import GenerateConfig
+from esd.config.train import TrainConfig
+from esd.config.train_sections import TrackerConfig
 from esd.errors import UserError
 from esd.run import RunDirectory, flat, tracker_arguments, versions
 from esd.storage import State, atomic, load_state, save_state
@@ -69,6 +71,29 @@ def test_a_setting_that_the_run_did_not_know_yet_counts_as_its_default(tmp_path:
     other.weights.masters = False
     with pytest.raises(UserError, match=r"weights\.masters=True there, False here"):
         RunDirectory(tmp_path / "run", other)
+
+
+def test_settings_that_say_nothing_to_a_run_are_neither_written_nor_compared(tmp_path: Path) -> None:
+    unused = {"preserve", "objective.eta"}
+    with RunDirectory(tmp_path / "run", config(eta=2.0), unused=unused).claimed():
+        told = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert "preserve" not in told and "eta" not in told["objective"] and told["objective"]["weighting"] == "native"
+    other = config(eta=3.0)
+    other.preserve.weight = 7.0
+    RunDirectory(tmp_path / "run", other, unused=unused)
+    created(tmp_path / "whole", config(eta=2.0))  # as a version that wrote all of them left it
+    RunDirectory(tmp_path / "whole", other, unused=unused)
+    other.objective.weighting = "eps"
+    for folder in ("run", "whole"):
+        with pytest.raises(UserError, match=r"objective\.weighting=native there, eps here"):
+            RunDirectory(tmp_path / folder, other, unused=unused)
+
+
+def test_a_setting_may_be_neutral_to_one_kind_of_run(tmp_path: Path) -> None:
+    created(tmp_path / "run", config(eta=2.0))
+    RunDirectory(tmp_path / "run", config(eta=1.0), neutral=["objective.eta"])
+    with pytest.raises(UserError, match="seed=0 there, 1 here"):
+        RunDirectory(tmp_path / "run", config(eta=1.0, seed=1), neutral=["objective.eta"])
 
 
 def test_the_first_setting_that_differs_is_named_in_the_order_of_declaration(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Which setting to take: the front is what nothing beats, seeds are counted together, the rule is kept."""
 
-import csv
 import itertools
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from esd.evaluation.runs import Rate, Run, Sweep, read
 from esd.evaluation.sweep import GONE, Trial, front, largest_drop, pool, recommend, swept, trials, write_table
 from tests import finished
+from tests.programs import table
 
 SHARES = st.integers(0, 10).map(lambda tenths: tenths / 10)  # coarse, so that there are ties
 POINTS = st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=12)
@@ -112,8 +112,7 @@ def test_seeds_of_a_setting_are_one_trial(sweep: Sweep) -> None:
 
 def test_the_table_says_what_was_tried_and_what_to_take(sweep: Sweep, tmp_path: Path) -> None:
     write_table(tmp_path / "sweep.csv", trials(sweep.runs))
-    with (tmp_path / "sweep.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "sweep.csv")
     assert [row["objective.eta"] for row in rows] == ["1", "1", "2", "2"]
     assert [row["recommended"] for row in rows] == ["False", "True", "False", "False"]
     assert [row["on_front"] for row in rows] == ["False", "True", "False", "True"]

@@ -22,7 +22,7 @@ from esd.checkpoint import load
 from esd.evaluation import judges
 from esd.evaluation.judges import Readings
 from esd.storage import load_state
-from tests.programs import FAST, Command, Ended
+from tests.programs import FAST, Command, train
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 900  # seconds that a program of a second may take on a busy machine
@@ -33,10 +33,6 @@ VOCABULARY: dict[str, Any] = {
     "styles": [{"name": "mosaic"}, {"name": "photo"}],
     "phrasings": {"held_out": {"both": ["a {thing} in {style}"], "thing": ["a {thing}"], "style": ["the {style}"]}},
 }
-
-
-def train(command: Command, *arguments: str) -> Ended:
-    return command("train", "concepts=[cat]", "run_dir=runs/cat", *FAST, *arguments)
 
 
 def test_help_is_useful_and_waits_for_no_heavy_import() -> None:

@@ -1,7 +1,6 @@
 """The training loop: what it changes, what it never touches; stopping and splitting change nothing."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from esd.objectives import Objective
 from esd.plan import TrainPlan
 from esd.storage import load_state, save_state
 from tests import tiny
-from tests.plans import PLAN
+from tests.plans import PLAN, metrics, same
 
 
 def plan(**changes: Any) -> TrainPlan:
@@ -41,14 +40,6 @@ def run(
     folder.mkdir(exist_ok=True)
     result = trainer.train(on or family(), plan, folder, Accelerator(cpu=True, mixed_precision=mixed_precision))
     return checkpoint.load(result.path).differences
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_training_moves_the_selected_weights_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from diffusers import PNDMScheduler
 from torch import Tensor
 
 from esd import objectives, seeding, trainer
-from esd.config import TrainConfig
+from esd.config.train import TrainConfig
 from esd.families import family_of
 from esd.train import make_plan
 from esd.weights import WeightViews
 from tests import tiny
-from tests.test_conf import composed
+from tests.programs import composed
 
 STEPS, GUIDANCE, TOTAL, SEED = 10, 3.0, 1000, 7
 WIDTH = TOTAL // STEPS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from esd.config import conf_dir
+from esd.config.paths import conf_dir
 from tests.programs import FAST
 
 ROOT = Path(__file__).parents[1]

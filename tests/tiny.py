@@ -2,11 +2,14 @@
 
 Built in milliseconds, so a test that changes weights makes its own; those in conftest.py are for reading.
 `pipeline` is Stable Diffusion 1, `PIPELINES` has the others by name; `TOKENS` are what T5 and Qwen3 read of a prompt.
+`save_clip` and `save_resnet` leave networks that read pictures.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,13 +35,18 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -250,12 +258,49 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "klein": klein,
     "klein-base": lambda: klein(distilled=False),
 }
+OTHERS: dict[str, Callable[[], Any]] = {"pixart": pixart}  # what is tested as a family, and not as one to intervene in
 
 
 def every(name: str, seed: int = 0) -> Any:
-    """One of PIPELINES, or "pixart", its weights the same for the same arguments."""
+    """One of PIPELINES or OTHERS, its weights the same for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = (PIPELINES | {"pixart": pixart})[name]()
+        pipe = (PIPELINES | OTHERS)[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+_HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def save_clip(folder: Path) -> Path:
+    """A CLIP that reads pictures and texts, with its tokenizer and preprocessor, in a folder, which it returns."""
+    words = tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=LENGTH, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
+        folder
+    )
+    words.save_pretrained(folder)
+    told = _HALF | {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "image_processor_type":
+                    "CLIPImageProcessor"}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return folder
+
+
+def save_resnet(folder: Path) -> Path:
+    """A ResNet of three labels, with its preprocessor, in a folder, which it returns."""
+    torch.manual_seed(0)
+    labels = {0: "tench, Tinca tinca", 1: "nsfw", 2: "sfw"}
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=labels)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    told = _HALF | {"size": {"height": 32, "width": 32}, "image_processor_type": "ViTImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return folder

@@ -4,7 +4,7 @@ Each analysis is a module with a function `analyse(subject, results, **settings)
 used on their own. From a pipeline to a figure:
 
     from esd.analysis import Results, Subject, layers
-    from esd.config import LayersConfig
+    from esd.config.analyses import LayersConfig
     from esd.families import family_of
 
     subject = Subject(family_of(pipe), num_steps=20, guidance_scale=4.0)

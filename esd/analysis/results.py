@@ -24,6 +24,7 @@ from esd.evaluation.table import write_table
 from esd.storage import atomic, write_json
 
 DPI = 130
+WHERE = ("name", "path", "revision")  # of facts: where something lay, for people; what it is the others say
 
 
 class Results:
@@ -31,7 +32,8 @@ class Results:
 
     Args:
         folder: made where it does not exist.
-        facts: what was looked into, as JSON holds it; those of results that are there must be the same.
+        facts: what was looked into, as JSON holds it: a dictionary or None for each. Those of results that are there
+            must be the same, but for names and paths: what a hash knows again may have moved.
 
     Raises:
         UserError: the folder holds results of something else.
@@ -90,23 +92,20 @@ class Results:
         return f"{self.folder}: captions.md; {figures}; {tables}"
 
     def _hold(self, facts: Mapping[str, Any]) -> None:
-        """Writes facts.json, or holds the facts against it."""
+        """Holds the facts against facts.json, if it is there, and writes it."""
         file = self.folder / "facts.json"
         wanted = json.loads(json.dumps(facts))
-        if not file.is_file():
-            write_json(file, wanted)
-            return
-        there = json.loads(file.read_text(encoding="utf-8"))
-        for name, now in wanted.items():
-            before = there.get(name)
-            if before == now:
-                continue
-            known = [one if isinstance(one, dict) else {"it": one} for one in (before, now)]
-            key = next(key for key in {**known[0], **known[1]} if known[0].get(key) != known[1].get(key))
-            raise UserError(
-                f"run_dir={self.folder} holds results of another {name} ({key} is {known[0].get(key)} there, "
-                f"{known[1].get(key)} here); choose another run_dir, or remove that directory"
-            )
+        there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for name in [name for name in wanted if name in there]:
+            before, now = there[name] or {}, wanted[name] or {}
+            differing = [key for key in before | now if key not in WHERE and before.get(key) != now.get(key)]
+            if differing:
+                lay, key = before.get("name") or before.get("path"), differing[0]
+                raise UserError(
+                    f"run_dir={self.folder} holds results of another {name}{f', {lay}' if lay else ''} ({key} is "
+                    f"{before.get(key)} there, {now.get(key)} here); choose another run_dir, or remove that directory"
+                )
+        write_json(file, wanted)
 
 
 def _cell(value: Any) -> str:

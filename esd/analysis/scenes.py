@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esd.evaluation.generate import as_uint8
+from esd.evaluation.pixels import as_uint8
 from esd.families import Family
 from esd.interventions import AttentionEdit, AttentionMaps, LocalBlend, Op, Reweight, resolve, sample
 from esd.interventions.sites import Site, is_attention

@@ -11,8 +11,8 @@ import numpy as np
 
 from esd import checkpoint
 from esd.checkpoint import Erased
-from esd.evaluation.generate import as_uint8
 from esd.evaluation.judges import EmojiJudge
+from esd.evaluation.pixels import as_uint8
 from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
 from esd.interventions import Op, Source, sample

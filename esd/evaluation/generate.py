@@ -230,7 +230,8 @@ def generate(
             of erased weights are never looked for there.
 
     Returns:
-        The manifest as written, once all processes are through.
+        The manifest of what was planned, once all processes are through. The one that is written also lists images that
+        were drawn here before and are not asked for now.
     """
     out_dir, share = planned.folder, share or Share()
     known = Manifest.load(out_dir) if (out_dir / "manifest.json").exists() else None
@@ -244,7 +245,7 @@ def generate(
         for image in planned.images:
             if image.file not in listed:  # left by who knows what
                 (out_dir / image.file).unlink(missing_ok=True)
-        written.save()
+        (_beside(written, known) if known else written).save()
     share.wait()
     mine = [image for image in planned.images[share.index :: share.count] if not (out_dir / image.file).exists()]
     kept = kept if planned.checkpoint is None else None
@@ -266,6 +267,14 @@ def generate(
                 _copy(out_dir / image.file, kept / _kept_name(planned, image))
     share.wait()
     return written
+
+
+def _beside(written: Manifest, known: Manifest) -> Manifest:
+    """The manifest of all images of a folder: those planned, and those drawn before that are not asked for now."""
+    files = {image.file for image in written.images}
+    others = tuple(i for i in known.images if i.file not in files and (known.folder / i.file).exists())
+    cut = {i.prompt: known.cut[i.prompt] for i in others if i.prompt in known.cut}
+    return replace(written, images=written.images + others, cut={**written.cut, **cut})
 
 
 def _kept_name(planned: Manifest, image: Drawn) -> str:
@@ -374,11 +383,6 @@ def sample(
             )
         parts.append((drawn * 255).round().astype(np.uint8))
     return np.concatenate(parts) if parts else np.zeros((0, 1, 1, 3), np.uint8)
-
-
-def as_uint8(images: torch.Tensor) -> np.ndarray:
-    """uint8 RGB (n, H, W, 3) of pictures (n, 3, H, W) in [0, 1]."""
-    return (images.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def _batches(images: Sequence[Drawn], size: int) -> Iterator[list[Drawn]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from esd.config import ModelConfig
+from esd.config.common import ModelConfig
 from esd.families import Family
 from esd.interventions import AttentionMaps, sample
 from esd.model import check, find_device, load

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esd.config import ModelConfig
+from esd.config.common import ModelConfig
 from esd.evaluation.generate import sample
 from esd.evaluation.prompts import fill
 from esd.evaluation.vocabulary import Vocabulary

@@ -43,7 +43,9 @@ from torch import Tensor
 
 from esd import trainer
 from esd.checkpoint import FILE_NAME, apply
-from esd.config import ModelConfig, ObjectiveConfig, TrainConfig, TrainingConfig, TrajectoryConfig
+from esd.config.common import ModelConfig
+from esd.config.train import TrainConfig
+from esd.config.train_sections import ObjectiveConfig, TrainingConfig, TrajectoryConfig
 from esd.errors import UserError
 from esd.evaluation.erasure import exam, known_targets
 from esd.evaluation.generate import sample

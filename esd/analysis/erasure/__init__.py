@@ -22,6 +22,7 @@ import torch
 from esd import checkpoint
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
+from esd.evaluation.pixels import images_of
 from esd.families import Denoiser
 from esd.interventions import layers, resolve, token_texts
 from esd.interventions.sites import is_attention
@@ -157,7 +158,7 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
         "all but these": restorer.grafted({n: w for n, w in restorer.originals.items() if n not in weights}),
     }
     drawings.pictures(
-        results, about.concept, {name: restore.pictures(family, y) for name, y in shown.items()}, tried[-1], selection
+        results, about.concept, {name: images_of(family, y) for name, y in shown.items()}, tried[-1], selection
     )
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from esd.errors import UserError
-from esd.evaluation.generate import as_uint8
 from esd.evaluation.metrics import wilson
+from esd.evaluation.pixels import images_of
 from esd.families import Denoiser, Family
 from esd.interventions import Graft, Op, Patch, Record, Recording, Site, blocks, sample
 from esd.interventions.sites import is_attention
@@ -100,7 +100,7 @@ class Restorer:
     def score(self, kind: str, where: str, latents: Tensor) -> Restored:
         """Of pictures from the same prompts and seeds."""
         far, near = ((y - self.y_base).flatten(1).norm(dim=1) for y in (self.y_erased, latents))
-        k = None if self.shows is None else int(self.shows(pictures(self.family, latents)).sum())
+        k = None if self.shows is None else int(self.shows(images_of(self.family, latents)).sum())
         return Restored(kind, where, float((1 - near / far).mean()), k, len(latents))
 
     def grafted(self, weights: Mapping[str, Tensor], steps: Any = None) -> Tensor:
@@ -261,8 +261,3 @@ def suggestion(sites: Sequence[Site], selection: str) -> str:
     """
     where = " + ".join(site.expression for site in sites)
     return f"({selection}) & ({where})"
-
-
-def pictures(family: Family, latents: Tensor) -> np.ndarray:
-    """uint8 pictures (n, H, W, 3) of clean latents."""
-    return as_uint8(family.decode(latents))

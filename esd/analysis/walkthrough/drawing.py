@@ -17,9 +17,9 @@ from torch import Tensor
 from esd.analysis.subject import Subject
 from esd.evaluation.attacks.subject import Subject as Attacked
 from esd.evaluation.erasure import DrawSettings
-from esd.evaluation.generate import as_uint8
+from esd.evaluation.pixels import images_of
 from esd.evaluation.prompts import PromptRow
-from esd.families import Conditioning, Denoiser, Family
+from esd.families import Conditioning, Denoiser
 from esd.interventions import Guide, sample
 from esd.trajectory import Edit, Trajectory, clean, first_stages, mixed, rollout
 
@@ -58,12 +58,6 @@ def walk(
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     """A generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def images_of(family: Family, latents: Tensor) -> np.ndarray:
-    """uint8 RGB (n, H, W, 3) of clean latents (n, c, h, w)."""
-    images = torch.cat([family.decode(part).cpu() for part in latents.split(16)])
-    return as_uint8(images)
 
 
 def strips(subject: Subject, cond: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

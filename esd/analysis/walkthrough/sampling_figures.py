@@ -11,10 +11,11 @@ import torch
 
 from esd.analysis import figures
 from esd.analysis.edits import picked
+from esd.evaluation.pixels import images_of
 from esd.trajectory import first_stages
 
 from . import drawing, solvers
-from .drawing import images_of, seeded
+from .drawing import seeded
 from .walker import COLUMNS, Walk
 
 SOLVED = 2  # most pictures that samplers are compared on

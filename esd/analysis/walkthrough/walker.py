@@ -11,9 +11,8 @@ import torch
 from esd.analysis.edits import seen
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
+from esd.evaluation.pixels import images_of
 from esd.families import Conditioning, Family
-
-from .drawing import images_of
 
 COLUMNS = 8  # most pictures in a strip
 

@@ -9,10 +9,10 @@ import torch
 
 from esd.analysis import figures
 from esd.analysis.edits import picked
+from esd.evaluation.pixels import images_of
 from esd.families.unet import UNetFamily
 
 from . import drawing, words
-from .drawing import images_of
 from .walker import COLUMNS, Walk
 
 FEW = 6  # pictures that a new word is learned from, unless files are given

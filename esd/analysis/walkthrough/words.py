@@ -25,11 +25,12 @@ from esd.errors import UserError
 from esd.evaluation.attacks.inversion import Inversion
 from esd.evaluation.attacks.subject import Model
 from esd.evaluation.attacks.subject import Subject as Attacked
+from esd.evaluation.pixels import images_of
 from esd.evaluation.prompts import PromptRow
 from esd.families import Conditioning
 from esd.families.unet import UNetFamily
 
-from .drawing import attacked, images_of
+from .drawing import attacked
 
 
 @dataclass(frozen=True)

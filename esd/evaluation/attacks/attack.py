@@ -31,6 +31,7 @@ from esd.evaluation.attacks.recovery import Curve, Point, Reads, Recovery
 from esd.evaluation.attacks.scorer import Scorer
 from esd.evaluation.attacks.subject import Model, Subject
 from esd.evaluation.erasure import DrawSettings
+from esd.evaluation.pixels import images_of
 from esd.evaluation.prompts import PromptRow
 from esd.families import Family
 from esd.families.base import Part
@@ -174,7 +175,7 @@ def _measure(
     with closing(_from_plain(tries, watched)) as offered, tqdm(desc=label, unit="try", disable=None) as bar:
         try:
             for one in offered:
-                images = subject.pictures(one.latents)
+                images = images_of(subject.family, one.latents, subject.draw.batch_size)
                 scores = _scores(scorer, images)
                 if not points:
                     kept, best = images.copy(), scores.copy()

@@ -7,14 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esd import checkpoint, seeding
-from esd.errors import UserError
 from esd.evaluation.erasure import DrawSettings
-from esd.evaluation.generate import as_uint8
 from esd.evaluation.prompts import PromptRow
 from esd.families import Conditioning, Denoiser, Family
 from esd.families.base import Part
@@ -106,17 +103,6 @@ class Subject:
     def plain(self) -> Tensor:
         """What the attacked model draws without any attack (n, c, h, w)."""
         return self.sample(self.attacked, self.conditioning(), self.own())
-
-    def pictures(self, latents: Tensor) -> np.ndarray:
-        """uint8 pictures (n, H, W, 3) of clean latents.
-
-        Raises:
-            UserError: values that are not finite, which 8 bits would show as black.
-        """
-        images = torch.cat([self.family.decode(part).cpu() for part in latents.split(self.draw.batch_size)])
-        if not images.isfinite().all():
-            raise UserError(f"an attack drew a picture that is not finite, in {self.family.dtype}; use float32")
-        return as_uint8(images)
 
     def noised(self, solver: Any, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of clean latents (b, c, h, w), as a solver keeps it that is about to take its step at time t (scalar)."""
