@@ -29,6 +29,7 @@ from esd.analysis.walkthrough import (
     walk,
     with_new_word,
 )
+from esd.analysis.walkthrough.walker import share_seen
 from esd.config.analyses import WalkthroughConfig
 from esd.errors import UserError
 from esd.evaluation.pixels import images_of
@@ -260,3 +261,13 @@ def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monke
     assert "Learned from 6 pictures that the base draws of the prompt" in captions
     told = (command.folder / "out/facts.json").read_text()
     assert '"concepts"' in told
+
+
+def test_what_the_judge_cannot_tell_is_not_told() -> None:
+    rows: list[dict[str, Any]] = [
+        {"scale": 2.0, "thing": 0.5, "style": 1.0}, {"scale": 4.0, "thing": 0.25, "style": None}
+    ]  # fmt: skip
+    told = share_seen(rows, "s = {scale:g}", "both", "thing", "style")
+    assert told == " Share in which the judge sees both: s = 2: 50% and 100%."
+    assert share_seen(rows, "{scale:g}", "it", "thing").endswith(": 2: 50%; 4: 25%.")
+    assert share_seen(rows[1:], "{scale:g}", "it", "style") == ""

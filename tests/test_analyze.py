@@ -55,25 +55,13 @@ def test_a_run_holds_the_settings_of_its_own_analysis_and_whatever_the_others_ar
     told = yaml.safe_load(file.read_text())
     assert told["layers"]["pictures"] == 1 and not {*ANALYSES} - {"layers"} & {*told}
     file.write_text(yaml.safe_dump(told | {"attention": {"pictures": 99}, "erasure": {"gone": 1}}))
-    assert command("analyze", *FAST).code == 0, "as a version that wrote all of them left it"
+    planned = command("analyze", *FAST, "plan_only=true")
+    assert planned.code == 0, "as a version that wrote all of them left it"
     ended = command("analyze", *FAST[:4], "analysis=attention")
     assert ended.code == 2 and "analysis.name=layers there, attention here" in ended.err
 
 
-def test_another_model_in_the_same_place_is_refused(command: Command) -> None:
-    erased_weights(command.folder / "weights/erased.safetensors")
-    assert command("analyze", *FAST, "checkpoint=weights").code == 0
-    erased_weights(command.folder / "weights/erased.safetensors")
-    saved = checkpoint.load(command.folder / "weights")
-    told = saved.provenance | {"concepts": ["dog"]}
-    checkpoint.save(saved.path, saved.differences, told)
-    ended = command("analyze", *FAST, "checkpoint=weights")
-    assert (
-        ended.code == 2 and "holds results of another checkpoint, weights/erased.safetensors (sha256 is " in ended.err
-    )
-
-
-def test_a_model_and_a_checkpoint_may_move_and_are_known_again(command: Command) -> None:
+def test_a_model_and_a_checkpoint_may_move_and_others_in_their_place_are_refused(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
     assert command("analyze", *FAST, "checkpoint=weights").code == 0
     kept = {path.name: path.stat().st_mtime_ns for path in (command.folder / "out/kept").iterdir()}
@@ -90,6 +78,10 @@ def test_a_model_and_a_checkpoint_may_move_and_are_known_again(command: Command)
     assert ended.code == 2 and "holds results of another base, " in ended.err and "base-moved (fingerprint" in ended.err
     ended = command("analyze", *FAST, *moved, "checkpoint=null")
     assert ended.code == 2 and "holds results of another checkpoint, weights-moved" in ended.err
+    saved = checkpoint.load(command.folder / "weights-moved")
+    checkpoint.save(saved.path, saved.differences, saved.provenance | {"concepts": ["dog"]})
+    ended = command("analyze", *FAST, *moved)
+    assert ended.code == 2 and "another checkpoint, weights-moved/erased.safetensors (sha256 is " in ended.err
 
 
 def test_a_plan_computes_nothing(command: Command) -> None:

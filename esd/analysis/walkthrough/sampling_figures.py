@@ -16,7 +16,7 @@ from esd.trajectory import first_stages
 
 from . import drawing, solvers
 from .drawing import seeded
-from .walker import COLUMNS, Walk
+from .walker import COLUMNS, Walk, share_seen
 
 SOLVED = 2  # most pictures that samplers are compared on
 
@@ -161,15 +161,11 @@ def show_img2img(walk: Walk, starts: Sequence[float]) -> None:
     distances = {name: np.array([row[name] for row in rows]) for name in ("from_picture", "from_other")}
     nearer = next((row["start"] for row in rows if row["from_picture"] < row["from_other"]), None)
     told = f"from step {nearer} on" if nearer is not None else "from no step on"
-    named = [row for row in rows if row["other_thing"] is not None]
-    read = "; ".join(
-        f"step {row['start']}: {row['other_thing']:.0%} and {row['prompt_thing']:.0%}" for row in named
-    )  # fmt: skip
     walk.results.figure("img2img", figure, (
         f"{subject.distance_name}: from {distances['from_picture'][0]:.3g} at step {steps[0]} to "
         f"{distances['from_picture'][-1]:.3g} at step {steps[-1]} between result and first picture; results are nearer "
         f"to that than to what the other prompt draws by itself {told}."
-        + (f" Share in which the judge sees the other prompt's thing, and the first's: {read}." if named else "")
+        + share_seen(rows, "step {start}", "the other prompt's thing, and the first's", "other_thing", "prompt_thing")
     ))  # fmt: skip
 
 
@@ -190,17 +186,15 @@ def show_mixtures(walk: Walk, shares: Sequence[float]) -> None:
         for share, found in zip(shares, images, strict=True)
     ]  # fmt: skip
     walk.results.table("mixtures", rows)
-    figure = figures.pictures(
-        np.stack(images, axis=1), title=f"Between {walk.other} (0) and {walk.prompt} (1)", rows=walk.rows(),
-        columns=[f"{share:g}" for share in shares], column_name="λ of the prompts' mixture λ e1 + (1 - λ) e2",
+    figure = walk.across(
+        shares, images, title=f"Between {walk.other} (0) and {walk.prompt} (1)",
+        name="λ of the prompts' mixture λ e1 + (1 - λ) e2",
     )  # fmt: skip
     turns = next((row["share"] for row in rows if row["from_last"] < row["from_first"]), None)
-    read = "; ".join(f"λ = {row['share']:g}: {row['prompt_thing']:.0%} and {row['other_thing']:.0%}" for row in rows
-                     if row["prompt_thing"] is not None)  # fmt: skip
     walk.results.figure("mixtures", figure, (
         f"Pictures are nearer to those of λ = {shares[-1]:g} "
         + (f"from λ = {turns:g} on." if turns is not None else "nowhere.")
-        + (f" Share in which the judge sees the first prompt's thing, and the other's: {read}." if read else "")
+        + share_seen(rows, "λ = {share:g}", "the first prompt's thing, and the other's", "prompt_thing", "other_thing")
     ))  # fmt: skip
 
 
@@ -225,16 +219,13 @@ def show_guidance(walk: Walk, scales: Sequence[float]) -> None:
         for scale, found in zip(known, images, strict=True)
     ]  # fmt: skip
     walk.results.table("guidance", rows)
-    figure = figures.pictures(
-        np.stack(images, axis=1), title=f"{walk.prompt}: guidance u + s (c - u)", rows=walk.rows(),
-        columns=[f"{scale:g}" for scale in known], column_name="scale s" + " (0 is the null prompt)" * told,
+    figure = walk.across(
+        known, images, title=f"{walk.prompt}: guidance u + s (c - u)",
+        name="scale s" + " (0 is the null prompt)" * told,
     )  # fmt: skip
-    read = "; ".join(f"s = {row['scale']:g}: {row['thing']:.0%} and {row['style']:.0%}" for row in rows
-                     if row["thing"] is not None)  # fmt: skip
-    read = f" Share in which the judge sees the prompt's thing, and its style: {read}." if read else ""
     walk.results.figure("guidance", figure, (
         f"Pixels deviate by {rows[0]['contrast']:.2f} at s = {known[0]:g} and by {rows[-1]['contrast']:.2f} at "
-        f"s = {known[-1]:g}.{read}"
+        f"s = {known[-1]:g}." + share_seen(rows, "s = {scale:g}", "the prompt's thing, and its style", "thing", "style")
     ))  # fmt: skip
 
 
@@ -252,14 +243,13 @@ def show_blue(walk: Walk, scales: Sequence[float]) -> None:
         for scale, found in zip(scales, images, strict=True)
     ]  # fmt: skip
     walk.results.table("blue", rows)
-    figure = figures.pictures(
-        np.stack(images, axis=1), title=f"{walk.prompt}: guided by a loss, mean |blue - 0.9|", rows=walk.rows(),
-        columns=[f"{scale:g}" for scale in scales], column_name="scale of the loss's gradient",
+    figure = walk.across(
+        scales, images, title=f"{walk.prompt}: guided by a loss, mean |blue - 0.9|",
+        name="scale of the loss's gradient",
     )  # fmt: skip
     least, most = rows[0], rows[-1]
-    read = "; ".join(f"{row['scale']:g}: {row['thing']:.0%}" for row in rows if row["thing"] is not None)
     walk.results.figure("blue", figure, (
         f"The loss goes from {least['loss']:.3f} at scale {scales[0]:g} to {most['loss']:.3f} at {scales[-1]:g}, blue "
         f"from {least['blue']:.2f} to {most['blue']:.2f}, red from {least['red']:.2f} to {most['red']:.2f}."
-        + (f" Share in which the judge sees the prompt's thing, by scale: {read}." if read else "")
+        + share_seen(rows, "{scale:g}", "the prompt's thing, by scale", "thing")
     ))  # fmt: skip

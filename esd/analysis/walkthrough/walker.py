@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+from esd.analysis import figures
 from esd.analysis.edits import seen
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
@@ -44,6 +47,27 @@ class Walk:
         """See `esd.analysis.edits.seen`."""
         return seen(self.subject, images, [prompt] * len(images))
 
+    def across(self, values: Sequence[float], images: Sequence[np.ndarray], *, title: str, name: str) -> Figure:
+        """The pictures of each value of a setting, a column for each, a row for each seed."""
+        columns = [f"{value:g}" for value in values]
+        return figures.pictures(
+            np.stack(images, axis=1), title=title, rows=self.rows(), columns=columns, column_name=name
+        )
+
     def rows(self) -> list[str]:
         """Labels of rows of pictures."""
         return [f"seed {seed}" for seed in self.seeds]
+
+
+def share_seen(rows: Sequence[Mapping[str, Any]], at: str, what: str, *columns: str) -> str:
+    """A sentence on the share of pictures in which the judge sees something, row for row; empty where it cannot tell.
+
+    Args:
+        rows: of a table.
+        at: names a row, with its cells in braces.
+        what: is seen.
+        columns: that hold the shares, or None.
+    """
+    known = [row for row in rows if all(row[column] is not None for column in columns)]
+    told = "; ".join(f"{at.format(**row)}: {' and '.join(f'{row[one]:.0%}' for one in columns)}" for row in known)
+    return f" Share in which the judge sees {what}: {told}." if told else ""
