@@ -14,6 +14,7 @@ import csv
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def evaluate_canvas(config: EvaluateConfig) -> int:
     pictures = len(rows) * config.images_per_prompt
     print(
         f"erase {len(targets)} of {len(things)} things and {len(styles)} styles in turn by {config.method.name} "
-        f"({', '.join(config.method.training)}), and read {pictures} pictures each time\n"
+        f"({config.method.summary()}), and read {pictures} pictures each time\n"
         f"read by {judge.name}; a picture is {template!r}",
         flush=True,
     )
@@ -123,6 +124,23 @@ def exit_code(returned: int) -> int:
     return returned if returned >= 0 else EXIT_SIGNAL - returned
 
 
+def settings_of(config: EvaluateConfig, target: Target, folder: Path) -> list[str]:
+    """What esd.train is told to erase a target, as a user would; the run directory is `training` in the folder."""
+    return [
+        f"experiment={EXPERIMENTS[target.domain]}",
+        f"concepts=[{quoted(target.name)}]",
+        *config.method.training,
+        *(config.method.styles if target.domain == "style" else ()),
+        *(f"evaluation.{name}=0" for name in UNREAD),
+        "evaluation.preview_images=1",
+        f"model.path={quoted(config.model.path)}",
+        f"model.precision={config.model.precision}",
+        f"device={config.device}",
+        f"seed={config.seed}",
+        f"run_dir={quoted(str(folder / 'training'))}",
+    ]
+
+
 class Canvas:
     """One method's canvas in one run directory."""
 
@@ -147,11 +165,13 @@ class Canvas:
         self.planned(self.run / "base", None)
         for target in filter(self.trained, targets):
             self.planned(self.folder(target) / "erased", self.folder(target) / "training")
-        left = [target for target in targets if not self.trained(target)]
-        if not left:
-            return 0
-        command = [sys.executable, "-m", "esd.train", *self.settings(left[0]), "plan_only=true"]
-        return exit_code(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode)
+        left = {target.domain: target for target in targets if not self.trained(target)}  # one of each is enough
+        for target in left.values():
+            settings = settings_of(self.config, target, self.folder(target))
+            command = [sys.executable, "-m", "esd.train", *settings, "plan_only=true"]
+            if code := exit_code(subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode):
+                return code
+        return 0
 
     def measure(self, targets: list[Target]) -> int:
         """Erases each target and reads the grid; returns the exit code."""
@@ -187,26 +207,11 @@ class Canvas:
 
         return all((self.folder(target) / "training" / name).is_file() for name in ("summary.json", FILE_NAME))
 
-    def settings(self, target: Target) -> list[str]:
-        """What esd.train is told to erase a target, as a user would."""
-        return [
-            f"experiment={EXPERIMENTS[target.domain]}",
-            f"concepts=[{quoted(target.name)}]",
-            *self.config.method.training,
-            *(f"evaluation.{name}=0" for name in UNREAD),
-            "evaluation.preview_images=1",
-            f"model.path={quoted(self.config.model.path)}",
-            f"model.precision={self.config.model.precision}",
-            f"device={self.config.device}",
-            f"seed={self.config.seed}",
-            f"run_dir={quoted(str(self.folder(target) / 'training'))}",
-        ]
-
     def train(self, target: Target) -> int:
         """Makes one erasure; returns the exit code."""
         from esd.progress import termination
 
-        settings = self.settings(target)
+        settings = settings_of(self.config, target, self.folder(target))
         print(f"python -m esd.train {shlex.join(settings)}", flush=True)
         with termination() as stopping, subprocess.Popen([sys.executable, "-m", "esd.train", *settings]) as training:
             while training.poll() is None:
@@ -274,8 +279,6 @@ class Canvas:
         likeness: Any,
     ) -> dict[str, Any]:
         """What metrics.json says of one erasure."""
-        from dataclasses import asdict
-
         from esd import checkpoint
         from esd.evaluation import canvas, retention
         from esd.evaluation.reading import spread
@@ -309,7 +312,7 @@ class Canvas:
             self.run / "metrics.json",
             {
                 "suite": self.config.suite.name,
-                "method": {"name": self.config.method.name, "training": list(self.config.method.training)},
+                "method": {name: value for name, value in asdict(self.config.method).items() if value},
                 "judges": {self.judge.name: table.facts(self.judge)},
                 "planned": planned,
                 "erasures": erasures,

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from esd.canvas import quoted
+from esd.canvas import quoted, settings_of
+from esd.config.evaluate import EvaluateConfig
 from esd.config.paths import conf_dir
+from esd.config.train import TrainConfig
 from esd.evaluation.canvas import counted, grid, mean, order, scores
 from esd.evaluation.foretold import inside
 from esd.evaluation.retention import Retained, area, curve
 from esd.evaluation.vocabulary import Target
-from tests.programs import BUNDLED, Command, known_model, table
+from tests.programs import BUNDLED, Command, composed, known_model, table
 
 THINGS, STYLES = ["cat", "dog", "rose"], ["flat", "neon"]
 MODEL = BUNDLED / "emoji-sd"
@@ -144,6 +146,11 @@ CANVAS = ("suite=emoji_canvas", f"model.path={MODEL}")
         ((*CANVAS, "method=esd_u", "method.training=['erase_from=[dog]']"), "is the canvas' to set"),
         ((*CANVAS, "method=esd_u", "prompts=[a cat]"), "says nothing to suite=emoji_canvas"),
         ((*CANVAS, "method=esd_u", "method.training=['concepts=[cat]']"), "is the canvas' to set"),
+        (
+            (*CANVAS, "method=esd_x", 'method.training=["prompts=[a]"]'),
+            "method.training: 'prompts=[a]' is the canvas' to set",
+        ),
+        ((*CANVAS, "method=esd_x", "method.styles=['seed=1']"), "method.styles: 'seed=1' is the canvas' to set"),
         (("prompts=[a cat]", "method=esd_u"), "method=esd_u says nothing to suite=prompts"),
         (("suite=emoji_canvas", "method=esd_u", "model.path=base"), "ships no vocabulary.json"),
     ],
@@ -155,6 +162,21 @@ def test_a_canvas_that_cannot_be_is_refused_before_anything_is_loaded(
     ended = command("evaluate", *settings)
     assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
     assert not [name for name in command.files() if name.startswith("runs")]
+
+
+def test_a_method_may_erase_styles_otherwise_than_things() -> None:
+    config = composed("evaluate", [*CANVAS, "method=esd_u"])
+    assert isinstance(config, EvaluateConfig)
+    thing, style = (
+        composed("train", settings_of(config, Target(name, domain), Path("there")))
+        for name, domain in (("cat", "thing"), ("neon", "style"))
+    )
+    assert isinstance(thing, TrainConfig) and isinstance(style, TrainConfig)
+    assert thing.selection == style.selection == "esd_u" and thing.objective == style.objective
+    assert (thing.training.lr, thing.training.updates) == (1e-4, 100)
+    assert (style.training.lr, style.training.updates) == (2e-4, 200)
+    assert style.prompts == ["a {thing} in the {} style"] and "a {}" in thing.prompts
+    assert style.run_dir == "there/training"
 
 
 SMALL = ["training.updates=1", "training.batch_size=1", "trajectory.num_steps=2", "trajectory.rollouts=1"]
@@ -179,6 +201,8 @@ def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_
 ) -> None:
     odd = command("evaluate", *known, "method=lora", "method.training=['training.lr=-1']")
     assert odd.code == 2 and not (command.folder / "canvas").exists(), "told before anything is drawn"
+    style = command("evaluate", *known, "method=lora", "method.styles=['training.lr=-2']", "limit=2")
+    assert style.code == 2 and not (command.folder / "canvas").exists(), "also of a style, which comes second"
     settings = OmegaConf.load(conf_dir() / "method/lora.yaml").training
     training = f"method.training=[{','.join(map(quoted, [*settings, *SMALL]))}]"
     ended = command("evaluate", *known, "method=lora", training, "limit=1", "denoiser_points=2")

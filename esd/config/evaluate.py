@@ -47,6 +47,11 @@ class MethodConfig:
 
     name: str | None = option(None, "of the method, for the table")
     training: list[str] = option([], "settings of esd.train, after those of experiment=erase_thing or erase_style")
+    styles: list[str] = option([], "settings of esd.train for styles alone, after those; prompts may be among them")
+
+    def summary(self) -> str:
+        """The settings, for a person to read."""
+        return ", ".join(self.training) + (f"; of styles also {', '.join(self.styles)}" if self.styles else "")
 
 
 @dataclass
@@ -105,17 +110,20 @@ class EvaluateConfig(GenerateConfig):
                 )
         if not self.method.name:
             raise UserError("suite=emoji_canvas needs a method to erase by, such as method=esd_u or method=esd_x")
-        fixed = {"experiment", "concepts", "erase_from", "prompts", "run_dir", "model", "seed", "device", "evaluation"}
+        fixed = {"experiment", "concepts", "erase_from", "run_dir", "model", "seed", "device", "evaluation"}
         fixed |= {"plan_only", "tracker"}
-        for setting in self.method.training:
-            if setting.lstrip("+~").partition("=")[0].partition(".")[0] in fixed:
-                raise UserError(f"method.training: {setting!r} is the canvas' to set; leave it out")
+        given = {"training": (self.method.training, fixed | {"prompts"}), "styles": (self.method.styles, fixed)}
+        for name, (settings, forbidden) in given.items():
+            for setting in settings:
+                if setting.lstrip("+~").partition("=")[0].partition(".")[0] in forbidden:
+                    raise UserError(f"method.{name}: {setting!r} is the canvas' to set; leave it out")
 
     def check_no_canvas(self) -> None:
         """Raises UserError for a setting of the canvas without one."""
         given = {
             "method": self.method.name,
             "method.training": self.method.training,
+            "method.styles": self.method.styles,
             "suite.things": self.suite.things,
             "suite.styles": self.suite.styles,
         }

@@ -19,6 +19,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     found: list[tuple[str, Any]] = [
         ("directory", run.path),
         ("method", " ".join([method["name"], *method["training"]]) if (method := results.get("method")) else None),
+        ("method, of styles also", " ".join(method.get("styles", ())) if method else None),
         ("base", base.name + (f" at {base.revision}" if base.revision else "")),
         ("base's weights", base.prints.get("pipeline")),
         ("checkpoint", checkpoint.get("path")),
