@@ -97,6 +97,11 @@ def lines(
             ax.legend()
 
 
+def from_zero(ax: Axes) -> None:
+    """Has an axis of values from 0 upwards begin there, with room above the largest."""
+    ax.set_ylim(0, 1.12 * max(float(ax.dataLim.y1), 1e-9))
+
+
 def plain_numbers(axis: Axis) -> None:
     """0.2 and 3 along a logarithmic axis, in place of powers of ten; only those that begin with 1, 2, 3 or 5."""
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -120,7 +125,7 @@ def bars(
         values: name of a bar in each group to (n,) values.
         x_name: label with unit.
         title: of the panel.
-        spread: name of a bar to half the width of its interval, (n,).
+        spread: name of a bar to half the width of its interval (n,), or to how far it reaches below and above (2, n).
     """
     with style():
         places, thick = np.arange(len(names)), 0.8 / len(values)
