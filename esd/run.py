@@ -123,7 +123,9 @@ class RunDirectory:
             try:
                 yield
             except UserError:
-                if self.stored is None and all(_ours(path) or path.name == "config.yaml" for path in self.path.iterdir()):
+                if self.stored is None and all(
+                    _ours(path) or path.name == "config.yaml" for path in self.path.iterdir()
+                ):
                     (self / "config.yaml").unlink()
                 raise
 

@@ -108,7 +108,9 @@ def test_on_the_bundled_model_words_have_their_sides_and_the_judge_reads_both(tm
     attention.edits_table(study)
     pictures = {(row["edit"], float(row["value"])): row for row in table(tmp_path / "pictures.csv")}
     for row in table(tmp_path / "edits.csv"):
-        assert (float(row["kept_low"]), float(row["kept_high"])) == pytest.approx(wilson(int(float(row["kept"])), 1), rel=1e-4)
+        assert (float(row["kept_low"]), float(row["kept_high"])) == pytest.approx(
+            wilson(int(float(row["kept"])), 1), rel=1e-4
+        )
     free = pictures["no control", 0.0]
     assert free["was"] == "0" and free["kept"] == "1"
     assert float(free["moved_changed"]) > float(free["moved_kept"]) > 0

@@ -43,5 +43,8 @@ def test_the_example_of_the_package_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert esd.analysis.__doc__ is not None
     written = [line[4:] for line in esd.analysis.__doc__.splitlines() if line.startswith("    ")]
-    exec(compile(re.sub(r"num_steps=\d+", "num_steps=1", "\n".join(written)), "esd.analysis", "exec"), {"pipe": tiny.pipeline()})
+    exec(
+        compile(re.sub(r"num_steps=\d+", "num_steps=1", "\n".join(written)), "esd.analysis", "exec"),
+        {"pipe": tiny.pipeline()},
+    )
     assert (tmp_path / "out/captions.md").is_file()

@@ -264,7 +264,9 @@ def test_an_order_takes_two_numbers_of_calls_and_errors_that_are_some() -> None:
     assert order([5, 10, 1000], [0.4, 0.2, 0.0]) == pytest.approx(1), "the reference itself"
     assert order([5], [0.4]) is None and order([5, 5], [0.4, 0.4]) is None
     assert falling(np.array([5]), np.array([0.4])) == "0.4 with 5 calls"
-    assert falling(np.array([5, 10]), np.array([0.4, 0.2])) == "0.4 with 5 calls, 0.2 with 10 calls, falling as calls^-1.0"
+    assert (
+        falling(np.array([5, 10]), np.array([0.4, 0.2])) == "0.4 with 5 calls, 0.2 with 10 calls, falling as calls^-1.0"
+    )
 
 
 def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,8 @@ def edits_table(study: Drawn) -> Rows:
         mine = [row for row in every if (row["version"], row["edit"], row["value"]) == (version, edit, value)]
         own = {"version": version, "edit": edit, "value": value, "n": len(mine)}
         means = {name: mean(mine, name) for name in list(every[0])[5:]}
-        answers = {name: [row[name] for row in mine if row[name] is not None] for name in RATES}
-        intervals = {key: value for name in RATES for key, value in rate(name, answers[name]).items()}
+        given = {name: [row[name] for row in mine if row[name] is not None] for name in RATES}
+        intervals = {key: value for name in RATES for key, value in rate(name, given[name]).items()}
         rows.append(own | means | intervals)
     study.results.table("edits", rows)
     return rows
@@ -244,10 +244,12 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
             for side in ("changed", "kept")
         }
         bands = {
-            f"{side} side, over {what}": tuple(np.array([row[f"{side}_{end}"] for row in mine]) for end in ("low", "high"))
+            f"{side} side, over {what}": (
+                np.array([row[f"{side}_low"] for row in mine]), np.array([row[f"{side}_high"] for row in mine])
+            )
             for what, mine in found.items()
             for side in ("changed", "kept")
-        }
+        }  # fmt: skip
         figures.lines(axes[1], x, curves, x_name=share, y_name=SEEN, spread=bands)
         axes[1].set_ylim(-0.03, 1.03)
     study.results.figure("sweep-curves", panel, told_sweep(study, found))

@@ -217,7 +217,7 @@ def seen(subject: Subject, images: np.ndarray, prompts: Sequence[str]) -> dict[s
 
 
 def rate(name: str, answers: Sequence[bool | int]) -> dict[str, float | None]:
-    """{name, name_low, name_high, name_n}: a share in [0, 1], its 95% interval by Wilson, and of how many; None of none."""
+    """{name, name_low, name_high, name_n}: a share in [0, 1], its 95% Wilson interval, of how many; None of none."""
     n = len(answers)
     share, low, high = (sum(answers) / n, *wilson(sum(answers), n)) if n else (None, None, None)
     return {name: share, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
@@ -225,7 +225,9 @@ def rate(name: str, answers: Sequence[bool | int]) -> dict[str, float | None]:
 
 def whiskers(rows: Rows, name: str) -> np.ndarray:
     """How far the interval of a `rate` reaches below and above it in each row (2, rows)."""
-    return np.array([[row[name] - row[f"{name}_low"] for row in rows], [row[f"{name}_high"] - row[name] for row in rows]])
+    return np.array(
+        [[row[name] - row[f"{name}_low"] for row in rows], [row[f"{name}_high"] - row[name] for row in rows]]
+    )
 
 
 def told_rate(row: Mapping[str, Any], name: str) -> str:

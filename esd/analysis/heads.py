@@ -50,7 +50,8 @@ def show_heads(study: Drawn, expression: str | None, maps: Rows) -> Rows:
     image, first = study.pairs(scene)[0].images[0], found["base"][0]  # (heads, words, h, w) of the first picture
     chosen = picked(range(len(first)), MOST)
     series = [
-        [heat_picture(maps_of, image) for maps_of in (first[:, i].mean(0), *first[chosen, i])] for i in range(len(words))
+        [heat_picture(maps_of, image) for maps_of in (first[:, i].mean(0), *first[chosen, i])]
+        for i in range(len(words))
     ]
     figure = figures.wrapped(
         series, ["mean", *(f"head {head}" for head in chosen)], rows=[label(study, scene, *word) for word in words],
@@ -86,9 +87,7 @@ def one_sided(places: Sequence[Site], rows: Rows, tokens: Sequence[int]) -> Site
     return max(places, key=sides)
 
 
-def head_maps(
-    subject: Subject, scene: Scene, seeds: Sequence[int], site: Site, tokens: Sequence[int]
-) -> np.ndarray:
+def head_maps(subject: Subject, scene: Scene, seeds: Sequence[int], site: Site, tokens: Sequence[int]) -> np.ndarray:
     """Maps (seeds, heads, tokens, h, w) of a scene's prompt, mean over steps.
 
     Args:

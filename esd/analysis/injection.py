@@ -37,7 +37,8 @@ LITTLE = 0.2  # what all layers together must do at least for anything to be sug
 def with_other_prompts(study: Study, few: np.ndarray, lengths: Sequence[int]) -> Rows:
     """Has windows of layers read another prompt: injection.csv, injection.png, injection-pictures.png.
 
-    All layers together are among them, whatever the lengths: what a window does is held against that. `towards` says where a picture lies between the two prompts' own: 0 at its own, 1 at the other's.
+    All layers together are among them, whatever the lengths: what a window does is held against that. `towards` says
+    where a picture lies between the two prompts' own: 0 at its own, 1 at the other's.
     """
     names = [short(site) for site in study.readers]
     every = list(dict.fromkeys([*windows(len(names), lengths), (0, len(names) - 1)]))

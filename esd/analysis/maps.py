@@ -49,8 +49,8 @@ def show_maps(study: Drawn) -> Rows:
             size = -(-len(row) // lines)
             panels += [row[begin : begin + size] for begin in range(0, len(row), size)]
             labels += [above[begin : begin + size] for begin in range(0, len(row), size)]
-            named = scene.prompt + (f", {version}" if len(study.subject.versions) > 1 else "")
-            named_rows += [named, *[""] * (lines - 1)]
+            beside = scene.prompt + (f", {version}" if len(study.subject.versions) > 1 else "")
+            named_rows += [beside, *[""] * (lines - 1)]
     figure = figures.pictures(
         padded(panels), title="Where each word is attended to, mean over steps and places", labels=filled(labels),
         rows=named_rows,
@@ -154,7 +154,9 @@ def told_steps(study: Drawn, rows: Rows, scene: Scene, words: Sequence[tuple[int
     parts = []
     for token, text in words:
         mine = [row for row in of(rows, scene) if row["token"] == token and row["step"] != ""]
-        parts.append(f"{quoted(study, scene, token, text)}: {mine[0]['left']:.0%} in step 0, {mine[-1]['left']:.0%} in the last")
+        parts.append(
+            f"{quoted(study, scene, token, text)}: {mine[0]['left']:.0%} in step 0, {mine[-1]['left']:.0%} in the last"
+        )
     return f"Share of attention in the left half, mean of n = {rows[0]['n']} pictures. {'; '.join(parts)}."
 
 

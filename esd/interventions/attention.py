@@ -102,7 +102,9 @@ class Maps:
             if step in (None, key.step) and place in (None, key.place) and head in (None, key.head)
         }
         if not found:
-            told = f"steps {self.steps}, places {', '.join(self.places) or 'averaged'}, heads {self.heads or 'averaged'}"
+            told = (
+                f"steps {self.steps}, places {', '.join(self.places) or 'averaged'}, heads {self.heads or 'averaged'}"
+            )
             raise UserError(
                 f"no attention maps of step {step}, place {place}, head {head}; there are: "
                 f"{told if self.sums else 'none at all'}"

@@ -183,7 +183,9 @@ class Interception(TorchFunctionMode):
         parts = []
         for heads in _portions(query, key):
             masked = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-            attention = Attention(query[:, heads], key[:, heads], value[:, heads], masked, factor, arranged, heads.start)
+            attention = Attention(
+                query[:, heads], key[:, heads], value[:, heads], masked, factor, arranged, heads.start
+            )
             listener(attention)
             parts.append(attention.output(own[:, heads]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -129,4 +129,5 @@ def order(calls: Sequence[float], found: Sequence[float]) -> float | None:
     pairs = [(np.log(count), np.log(error)) for count, error in zip(calls, found, strict=True) if error > 0]
     if len({x for x, _ in pairs}) < 2:
         return None
-    return float(-np.polyfit(*zip(*pairs, strict=True), 1)[0])
+    x, y = np.array(pairs).T
+    return float(-np.polyfit(x, y, 1)[0])
