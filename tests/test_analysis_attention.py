@@ -81,7 +81,11 @@ def test_a_pair_holds_what_the_subject_draws_whatever_the_batch(name: str, tmp_p
 
 def test_heads_are_of_one_attention_that_reads_text(tmp_path: Path) -> None:
     subject = Subject(shared("sd1"), num_steps=1, guidance_scale=3.0)
-    for where, told in (("cross", "names [0-9]+ attentions; name one"), ("croos", "croos"), ("self", "reads no text")):
+    for where, told in (
+        ("cross", "names [0-9]+ attentions; name one"),
+        ("croos", "croos"),
+        ("mid.self", "reads no text"),
+    ):
         with pytest.raises(UserError, match=told):
             attention.analyse(subject, Results(tmp_path / "out"), **settings(heads=where))
         assert not (tmp_path / "out").exists()

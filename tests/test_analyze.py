@@ -221,6 +221,14 @@ def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> 
     assert (tmp_path / "captions.md").read_text().startswith("## f\n\n![f](f.png)\n\nWhat is seen.\n\n## g")
 
 
+def test_values_that_hardly_differ_stay_inside_of_an_axis_from_zero() -> None:
+    _, (ax,) = figures.panels(title="all")
+    y = np.array([0.5, 0.5, 0.4999])
+    figures.lines(ax, [0, 1, 2], {"a": y}, x_name="x", y_name="y", spread={"a": (y, y + 0.1)})
+    figures.from_zero(ax)
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 1.05 * 0.6
+
+
 def test_a_subject_draws_the_same_whatever_the_batch_and_tells_versions_apart() -> None:
     family = shared("sd1")
     one, many = (Subject(family, num_steps=2, batch_size=size) for size in (1, 3))

@@ -152,9 +152,10 @@ def show_paths(study: Drawn) -> Rows:
         y_name=APART,
     )  # fmt: skip
     free, held = curves["no control"], curves["replace + self"]
+    ratio = free[-1] / max(free[1], 1e-9)
     text = (
         f"Another word moves what the denoiser gets by {free[1]:.3f} in the first step and by {free[-1]:.2f} at the "
-        f"end, {free[-1] / max(free[1], 1e-9):.0f} times as far; another seed by {curves['another seed'][-1]:.2f}. "
+        f"end{f', {ratio:.0f} times as far' if ratio >= 2 else ''}; another seed by {curves['another seed'][-1]:.2f}. "
         f"With attention replaced it is {curves['replace'][-1]:.2f}, with that of the image to itself {held[-1]:.2f}, "
         f"and with local blend {curves['replace + self + blend'][-1]:.2f}. Bands: one standard deviation. "
         f"{study.told}."

@@ -284,4 +284,5 @@ def wrapped(
     return pictures(
         grid.reshape(count * len(series), across, *blank.shape), title=title, labels=lines_of,
         rows=[name if not line else "" for name in rows for line in range(count)] if rows else None,
+        width=min(WIDTH, 2.0 + 1.4 * across),  # few pictures are no larger than many
     )  # fmt: skip

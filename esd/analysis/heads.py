@@ -18,7 +18,7 @@ from .maps import FAINT, heat_picture, label, left_share, of, quoted, thing_toke
 from .scenes import Drawn, Scene, places_of
 from .subject import Subject
 
-MOST = 23  # heads in a figure, with the mean three lines
+MOST = 22  # heads in a figure, three lines with picture and mean
 
 
 def show_heads(study: Drawn, expression: str | None, maps: Rows) -> Rows:
@@ -50,11 +50,12 @@ def show_heads(study: Drawn, expression: str | None, maps: Rows) -> Rows:
     image, first = study.pairs(scene)[0].images[0], found["base"][0]  # (heads, words, h, w) of the first picture
     chosen = picked(range(len(first)), MOST)
     series = [
-        [heat_picture(maps_of, image) for maps_of in (first[:, i].mean(0), *first[chosen, i])]
+        [image, *(heat_picture(seen, image) for seen in (first[:, i].mean(0), *first[chosen, i]))]
         for i in range(len(words))
     ]
     figure = figures.wrapped(
-        series, ["mean", *(f"head {head}" for head in chosen)], rows=[label(study, scene, *word) for word in words],
+        series, ["picture", "mean", *(f"head {head}" for head in chosen)],
+        rows=[label(study, scene, *word) for word in words],
         title=f"Where each head of {short(site)} attends to words: {scene.prompt!r}",
     )  # fmt: skip
     study.results.figure("heads", figure, told_heads(study, scene, site, rows))

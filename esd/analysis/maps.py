@@ -11,7 +11,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from esd.interventions import token_texts
+from esd.interventions import positions_of, token_texts
+from esd.interventions.words import words_of
 
 from . import figures
 from .edits import picked, short
@@ -83,10 +84,14 @@ def shown_tokens(study: Drawn, scene: Scene) -> list[tuple[int, str]]:
 
 
 def thing_tokens(study: Drawn, scene: Scene) -> list[tuple[int, str]]:
-    """Those of the things that a prompt names; of all words where nobody knows."""
-    tokens = [(i, text) for i, text in shown_tokens(study, scene) if text != "(start)"]
+    """Those of the things that a prompt names; of the word that is replaced and of the last one where nobody knows."""
+    family, tokens = study.subject.family, [found for found in shown_tokens(study, scene) if found[1] != "(start)"]
     named = " ".join(things(study.subject, scene.prompt) or []).split()
-    return [(i, text) for i, text in tokens if text.lower() in named] or tokens
+    if found := [(i, text) for i, text in tokens if text.lower() in named]:
+        return found
+    words = (scene.swapped[0], words_of(scene.prompt)[-1])
+    places = [place for word in words for place in positions_of(family, scene.prompt, word)]
+    return [(i, text) for i, text in tokens if i in places]
 
 
 def encoder(study: Drawn, scene: Scene, token: int) -> str:
