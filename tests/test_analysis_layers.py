@@ -137,6 +137,7 @@ def test_a_window_is_held_against_all_layers_together_and_none_is_found_where_th
         and "No shorter window" in carried(carrying(0.1, 0.2, 0.1, 0.9), "towards", "thing")
     )
     assert shortest(carrying(0.0, 0.05, 0.0, 0.0), "towards") is None
+    assert "one layer alone" not in carried(carrying(0.1, 0.2, 0.1, 0.9)[-1:], "towards", "thing"), "none was tried"
     told_of = carried(carrying(0.0, 0.05, 0.0, 0.0), "towards", "thing")
     assert told_of.startswith("Where l0 to l2 read the other prompt") and "too little" in told_of
 

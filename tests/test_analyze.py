@@ -162,6 +162,9 @@ def test_a_folder_of_which_nothing_came_is_free_for_anything(tmp_path: Path) -> 
     Results(tmp_path / "out").hold({"settings": {"pictures": 2}})  # as a version without the new one tells it
     with pytest.raises(UserError, match=r"holds results of other settings \(pictures is 2 there, 1 here\)"):
         Results(tmp_path / "out").hold({"settings": {"pictures": 1}})
+    Results(tmp_path / "unknown").kept("x", lambda: np.zeros(1))
+    with pytest.raises(UserError, match=r"no facts\.json that says of what"):
+        Results(tmp_path / "unknown").hold({"settings": {"pictures": 1}})
 
 
 def test_in_python_too_other_settings_models_and_steps_are_refused_where_pictures_are_kept(tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def carried(rows: Rows, by: str, kind: str) -> str:
     """What all layers do to base pictures when they read the other prompt, and which of them it takes."""
     base = [row for row in rows if row["version"] == "base"]
     whole, few = together(base), shortest(base, by)
-    alone = max((row for row in base if row["length"] == 1), key=lambda row: row[by])
+    alone = max((row for row in base if row["length"] == 1 < whole["length"]), key=lambda row: row[by], default=None)
     what = f"the judge sees the other {kind} in" if by == "other" else "the picture lies between the prompts at"
     text = f"Where {whole['first']} to {whole['last']} read the other prompt, {what} {told_measure(whole, by)}"
-    if len(base) > 1 and alone["length"] < whole["length"]:
+    if alone:
         text += f"; one layer alone does {alone[by]:.2f} at most ({alone['first']})"
     if few is None:
         return f"{text}. That is too little to say which layers it takes."
@@ -149,8 +149,8 @@ def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]
 
 def half_way(rows: Rows, kind: str, names: Sequence[str]) -> str:
     """From which layer on, and up to which, base pictures have to read the other prompt to show it half of the time."""
-    by = measure(rows)
     mine = [row for row in rows if (row["version"], row["swap"]) == ("base", kind)]
+    by = measure(mine)
     enough = [row for row in mine if row[by] >= 0.5]
     up_to = [names.index(row["last"]) for row in enough if row["first"] == names[0]]
     from_on = [names.index(row["first"]) for row in enough if row["last"] == names[-1]]

@@ -49,9 +49,14 @@ class Results:
                 again may have moved. So may what either side does not tell.
 
         Raises:
-            UserError: the folder holds results of something else.
+            UserError: the folder holds results of something else, or nobody knows of what.
         """
         file = self.folder / "facts.json"
+        if (self.folder / "kept").is_dir() and not file.is_file():
+            raise UserError(
+                f"run_dir={self.folder} holds results, and no facts.json that says of what; choose another run_dir, or "
+                "remove that directory"
+            )
         wanted = json.loads(json.dumps(facts))
         there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for name in [name for name in wanted if name in there]:
