@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 WIDTH = 9.0  # inches, 900 pixels where a page shows 100 to an inch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MAP, SIGNED = "viridis", "PuOr"  # of values from 0 upwards, and of values of both signs
-GREY = "#7a7a7a"
+GREY, INK = "#7a7a7a", "#222222"
 _STYLE: Any = {
     "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "legend.fontsize": 10, "figure.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
@@ -132,7 +132,7 @@ def bars(
         for number, (name, found) in enumerate(values.items()):
             at = places + (number - (len(values) - 1) / 2) * thick
             error = spread[name] if spread else None
-            ax.barh(at, found, thick, label=name, color=COLOURS[number % len(COLOURS)], xerr=error, ecolor=GREY)
+            ax.barh(at, found, thick, label=name, color=COLOURS[number % len(COLOURS)], xerr=error, ecolor=INK)
         ax.set_yticks(places, names)
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
