@@ -56,7 +56,7 @@ def analyze(config: AnalyzeConfig) -> int:
     subject = find_subject(config, found, judge, device)
     module: Any = import_module(f"esd.analysis.{config.analysis.name}")
     with run.claimed():
-        results = Results(run.path, facts(subject))
+        results = Results(run.path)
         module.analyse(subject, results, **dataclasses.asdict(config.settings))
     for line in results.notes:
         announce(line)
@@ -89,19 +89,6 @@ def find_subject(config: AnalyzeConfig, found: Erased | None, judge: EmojiJudge 
         family, found, Vocabulary.load(config.model.path), judge, num_steps=config.num_steps,
         guidance_scale=config.guidance_scale, seed=config.seed, batch_size=config.batch_size,
     )  # fmt: skip
-
-
-def facts(subject: Subject) -> dict[str, Any]:
-    """What says which model was looked into."""
-    from esd.evaluation.generate import base_of
-
-    erased, judge, vocabulary = subject.checkpoint, subject.judge, subject.vocabulary
-    return {
-        "base": base_of(subject.family),
-        "checkpoint": erased.identity() if erased else None,
-        "judge": {"name": judge.name, "hash": judge.hash} if judge else None,
-        "vocabulary": {"hash": vocabulary.hash} if vocabulary else None,
-    }
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ class RunDirectory:
     def claimed(self, *, main: bool = True) -> Iterator[None]:
         """Keeps other launches out of the directory for the length of a `with` block, and writes config.yaml.
 
+        Settings that are refused before anything came of them leave no config.yaml: mended ones may be given here.
+
         Args:
             main: False in all processes of a launch but one: they share what that one holds.
 
@@ -118,7 +120,14 @@ class RunDirectory:
                 raise UserError(
                     f"run_dir={self.path} cannot be written to ({error.strerror}); choose another run_dir"
                 ) from error
-            yield
+            try:
+                yield
+            except UserError:
+                if self.stored is None and all(
+                    _ours(path) or path.name == "config.yaml" for path in self.path.iterdir()
+                ):
+                    (self / "config.yaml").unlink()
+                raise
 
     def _write_settings(self) -> None:
         """Writes config.yaml."""

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from esd.analysis import Results, Subject, attention, scenes
-from esd.analysis.maps import heat_picture, left_share, shown_tokens
+from esd.analysis.maps import heat_picture, label, left_share, shown_tokens
 from esd.config.analyses import AttentionConfig
 from esd.config.common import ModelConfig
+from esd.errors import UserError
 from esd.evaluation.judges import load_judge
+from esd.evaluation.metrics import wilson
 from esd.evaluation.vocabulary import Vocabulary
 from esd.model import load
 from tests.families import GUIDANCE, shared
@@ -41,8 +43,15 @@ def test_what_is_seen_is_left_in_tables_and_figures(tmp_path: Path, monkeypatch:
     assert {row["edit"] for row in paths if float(row["apart"]) > 0} == {row["edit"] for row in paths}
     mass = [float(row["mass"]) for row in table(tmp_path / "maps.csv")]
     assert all(0 <= one <= 1 for one in mass) and max(mass) > 0.01
+    maps, heads = table(tmp_path / "maps.csv"), table(tmp_path / "heads.csv")
+    place = heads[0]["place"]
+    for token in {row["token"] for row in heads}:
+        several = [float(row["mass"]) for row in heads if row["token"] == token]
+        (mean,) = (float(row["mass"]) for row in maps if (row["token"], row["place"]) == (token, place))
+        assert len(several) > 1 and np.mean(several) == pytest.approx(mean, rel=1e-3)
+    assert {row["place"] for row in heads} == {place} and len({row["mass"] for row in heads}) > 1
     captions = (tmp_path / "captions.md").read_text(encoding="utf-8")
-    assert len(list(tmp_path.glob("*.png"))) == captions.count("![") == 10
+    assert len(list(tmp_path.glob("*.png"))) == captions.count("![") == 11
     before = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
     monkeypatch.setattr(scenes, "sample", lambda *_: 1 // 0)  # nothing is drawn again
     attention.analyse(subject, Results(tmp_path), **settings())
@@ -70,6 +79,25 @@ def test_a_pair_holds_what_the_subject_draws_whatever_the_batch(name: str, tmp_p
     assert small.maps.shape[0] == 3 and len(small.by_place) == len(places) and small.maps.ndim == 4
 
 
+def test_heads_are_of_one_attention_that_reads_text(tmp_path: Path) -> None:
+    subject = Subject(shared("sd1"), num_steps=1, guidance_scale=3.0)
+    for where, told in (
+        ("cross", "names [0-9]+ attentions; name one"),
+        ("croos", "croos"),
+        ("mid.self", "reads no text"),
+    ):
+        with pytest.raises(UserError, match=told):
+            attention.analyse(subject, Results(tmp_path / "out"), **settings(heads=where))
+        assert not (tmp_path / "out").exists()
+
+
+def test_words_that_two_encoders_read_are_told_apart(tmp_path: Path) -> None:
+    subject = Subject(shared("sd3"), num_steps=1, guidance_scale=3.0)
+    study = scenes.Drawn(subject, Results(tmp_path), [SCENE], [0], scenes.Knobs([], "", 1.0, 1.0, 0.3, None, [], []))
+    words = [label(study, SCENE, i, text) for i, text in shown_tokens(study, SCENE)]
+    assert {"cat\nCLIP", "cat\nT5"} <= set(words) and len(set(words)) == len(words)
+
+
 def test_on_the_bundled_model_words_have_their_sides_and_the_judge_reads_both(tmp_path: Path) -> None:
     family = load(ModelConfig(), "cpu")
     path = ModelConfig().path
@@ -83,6 +111,10 @@ def test_on_the_bundled_model_words_have_their_sides_and_the_judge_reads_both(tm
     assert share["cat"] > 0.6 > 0.4 > share["rose"]
     attention.edits_table(study)
     pictures = {(row["edit"], float(row["value"])): row for row in table(tmp_path / "pictures.csv")}
+    for row in table(tmp_path / "edits.csv"):
+        assert (float(row["kept_low"]), float(row["kept_high"])) == pytest.approx(
+            wilson(int(float(row["kept"])), 1), rel=1e-4
+        )
     free = pictures["no control", 0.0]
     assert free["was"] == "0" and free["kept"] == "1"
     assert float(free["moved_changed"]) > float(free["moved_kept"]) > 0

@@ -1,12 +1,32 @@
 """analysis=layers: what its tables must say on models whose layers do what their formulas say."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from esd.analysis import Results, Subject, layers
-from esd.analysis.edits import KINDS, Plain, Study, picked, readers, seen, selection, short, where, windows
+from esd.analysis.edits import (
+    KINDS,
+    Plain,
+    Study,
+    picked,
+    rate,
+    readers,
+    seen,
+    selection,
+    short,
+    told_rate,
+    where,
+    whiskers,
+    windows,
+)
+from esd.analysis.injection import LITTLE, carried, shortest
+from esd.analysis.layers import furthest_alone, lost
+from esd.config.analyses import LayersConfig
+from esd.errors import UserError
+from esd.evaluation.metrics import wilson
 from esd.interventions import InjectText, Source, resolve
 from esd.interventions import layers as all_layers
 from tests import tiny
@@ -83,8 +103,9 @@ def test_the_last_single_block_of_flux_does_not_know_the_weight_of_its_text(anal
 def test_what_is_suggested_can_be_trained(analysed: tuple[str, Path]) -> None:
     name, folder = analysed
     for row in table(folder / "suggestion.csv"):
-        found = shared(name).select(row["selection"])
-        assert found.numel == int(row["parameters"]) > 0 and row["erase"] in KINDS
+        assert row["erase"] in KINDS and (float(row["all"]) < LITTLE) == (row["selection"] == "")
+        if row["selection"]:
+            assert shared(name).select(row["selection"]).numel == int(row["parameters"]) > 0
 
 
 @pytest.mark.parametrize("name", list(tiny.PIPELINES))
@@ -96,6 +117,67 @@ def test_a_suggestion_names_the_weights_of_its_layers_and_no_others(name: str) -
         assert [site.path for site in resolve(family, where(chosen))] == [site.path for site in chosen]
         inside = {n for n in preset if any(n.startswith(f"{site.path}.") for site in chosen)}
         assert set(family.select(selection(family, chosen)).names) == inside
+
+
+def carrying(*values: float) -> list[dict[str, Any]]:
+    """Rows of base windows of one layer each, and of all of them, that carry so much."""
+    one = {"version": "base", "other": None, "other_low": 0.0, "other_high": 1.0, "n": 4}
+    *alone, whole = values
+    rows = [one | {"first": f"l{i}", "last": f"l{i}", "length": 1, "towards": x} for i, x in enumerate(alone)]
+    return [*rows, one | {"first": "l0", "last": f"l{len(alone) - 1}", "length": len(alone), "towards": whole}]
+
+
+def test_a_window_is_held_against_all_layers_together_and_none_is_found_where_these_do_nothing() -> None:
+    found = shortest(carrying(0.1, 0.7, 0.9, 0.85), "towards")
+    assert found is not None and found["first"] == "l2"
+    whole = shortest(carrying(0.1, 0.2, 0.1, 0.9), "towards")
+    assert (
+        whole is not None
+        and whole["length"] == 3
+        and "No shorter window" in carried(carrying(0.1, 0.2, 0.1, 0.9), "towards", "thing")
+    )
+    assert shortest(carrying(0.0, 0.05, 0.0, 0.0), "towards") is None
+    assert "one layer alone" not in carried(carrying(0.1, 0.2, 0.1, 0.9)[-1:], "towards", "thing"), "none was tried"
+    told_of = carried(carrying(0.0, 0.05, 0.0, 0.0), "towards", "thing")
+    assert told_of.startswith("Where l0 to l2 read the other prompt") and "too little" in told_of
+
+
+def test_all_layers_together_are_drawn_whatever_the_lengths(tmp_path: Path) -> None:
+    layers.analyse(
+        subject("sd1"), Results(tmp_path), prompts=PROMPTS, other_things=THINGS, other_styles=STYLES, pictures=1,
+        window_pictures=1, lengths=[1], weights=[2.0],
+    )  # fmt: skip
+    count = len(readers(shared("sd1")))
+    lengths = [int(row["length"]) for row in table(tmp_path / "injection.csv")]
+    assert lengths == [*[1] * 2 * count, *[count] * 2]
+    assert [float(row["all"]) for row in table(tmp_path / "suggestion.csv")] == pytest.approx([1, 1], abs=0.02)
+
+
+def test_windows_longer_than_the_model_are_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    settings = LayersConfig(PROMPTS, THINGS, STYLES, lengths=[1, 99])
+    count = len(all_layers(shared("sd1")))
+    with pytest.raises(
+        UserError, match=rf"layers\.lengths=\[99\]: this model has {count} layers; allowed: 1 to {count}"
+    ):
+        layers.analyse(subject("sd1"), Results(tmp_path / "out"), **vars(settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_have_their_intervals() -> None:
+    found = rate("thing", [True, True, False, True])
+    assert found["thing"] == 0.75 and found["thing_n"] == 4
+    assert (found["thing_low"], found["thing_high"]) == wilson(3, 4)
+    assert whiskers([found], "thing") == pytest.approx(np.array([[0.75 - wilson(3, 4)[0]], [wilson(3, 4)[1] - 0.75]]))
+    assert told_rate(found, "thing") == "75% [30 to 95]"
+
+
+def test_captions_say_something_only_where_there_is_something() -> None:
+    rows = [{"short": name, "moved": moved, **rate("thing", [seen])} for name, moved, seen in
+            (("double0", 0.3, True), ("double1", 0.2, True))]  # fmt: skip
+    assert furthest_alone(rows) == ("Left out alone, double0 (0.30) moves the picture furthest, double1 least (0.20). ")
+    assert "no layer" in furthest_alone([row | {"moved": 0.0} for row in rows]).lower()
+    assert "too few to lose" in lost("thing", rate("thing", [False] * 4), rows)
+    assert "at the least" in lost("thing", rate("thing", [True] * 4), rows)
 
 
 def test_activations_are_told_of_every_layer_stream_and_step(analysed: tuple[str, Path]) -> None:
@@ -124,7 +206,8 @@ def test_distances_are_told_in_those_of_other_prompts() -> None:
     assert plain.unit == pytest.approx((0.4 + 0.2) / 2)
     assert plain.moved(images[::-1]) == pytest.approx(np.array([0.4, 0, 0.4]) / 0.3)
     assert plain.moved(images[:1], np.array([1])) == pytest.approx([0.2 / 0.3])
-    assert seen(one, images, ["a"] * 3) == {"thing": None, "style": None}
+    found = seen(one, images, ["a"] * 3)
+    assert found["thing"] is found["style_low"] is None and found["thing_n"] == 0
 
 
 def test_layers_that_read_the_own_prompt_change_nothing(tmp_path: Path) -> None:
@@ -151,11 +234,3 @@ def test_every_picture_takes_from_its_own_source_whatever_the_batch() -> None:
     assert np.abs(together - drawn([rose, dog, rose], 1)).max() <= 1
     changed = np.abs(together - drawn([dog, rose, rose], 3)).reshape(3, -1).max(axis=1)
     assert (changed > 1).tolist() == [True, True, False]
-
-
-def test_the_lines_of_python_on_the_page_make_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs/analysis/layers.md").read_text(encoding="utf-8")
-    code = page.split("```python\n")[1].split("```")[0].replace("num_steps=10", "num_steps=1")
-    exec(compile(code, "layers.md", "exec"), {"pipe": tiny.pipeline()})
-    assert (tmp_path / "vitality.png").is_file()

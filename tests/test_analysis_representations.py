@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esd.analysis import Results, Subject, representations
 from esd.analysis.representations import channel_levels, concat, generate, img2repr, similarity, site_of, spread
+from esd.analysis.representations.extract import usual_positions
 from esd.config.analyses import RepresentationsConfig
 from esd.errors import UserError
 from esd.interventions import Skip, attach
@@ -189,6 +190,14 @@ def test_positions_are_modules_or_selections() -> None:
     assert site_of(family, "up_blocks[1].attentions[0]").path == "up_blocks.1.attentions.0"
     assert site_of(family, "down_blocks[0]").path == "down_blocks.0.downsamplers.0"
     assert site_of(shared("flux-dev"), "single_transformer_blocks[1]").label == "single.1"
+
+
+@every
+def test_every_model_has_positions_to_begin_with(name: str) -> None:
+    found = usual_positions(shared(name))
+    assert len(found) == 2 and (found == ["mid_block", "up_blocks[1]"]) == (name in UNETS)
+    shown = img2repr(shared(name), picture(), found, 100)
+    assert all(shown[position].ndim == 4 for position in found)
 
 
 FEW = {"noises": 3, "channel_steps": [0, 200], "histogram_step": 100, "map_step": 50, "spread_steps": [0, 250]}

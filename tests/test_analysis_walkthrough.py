@@ -29,6 +29,8 @@ from esd.analysis.walkthrough import (
     walk,
     with_new_word,
 )
+from esd.analysis.walkthrough.sampling_figures import falling
+from esd.analysis.walkthrough.solvers import order
 from esd.analysis.walkthrough.walker import share_seen
 from esd.config.analyses import WalkthroughConfig
 from esd.errors import UserError
@@ -248,6 +250,24 @@ def test_a_word_that_the_model_spells_is_refused(command: Command) -> None:
         "analyze", "analysis=walkthrough", "model.path=base", "run_dir=out", "walkthrough.words=[cat,zebra]"
     )
     assert ended.code == 2 and "'zebra' is several tokens" in ended.err, ended.err
+
+
+def test_drawings_that_cannot_be_read_are_refused_before_the_first_station(tmp_path: Path) -> None:
+    settings = WalkthroughConfig(**FEW | {"drawings": [str(tmp_path / "nothing.png")]})
+    with pytest.raises(UserError, match=r"walkthrough\.drawings: .*nothing.png' cannot be read"):
+        walkthrough.analyse(subject("sd1", steps=2), Results(tmp_path / "out"), **vars(settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_order_takes_two_numbers_of_calls_and_errors_that_are_some() -> None:
+    assert order([5, 10, 20], [0.4, 0.1, 0.025]) == pytest.approx(2)
+    assert order([5, 10, 1000], [0.4, 0.2, 0.0]) == pytest.approx(1), "the reference itself"
+    assert order([5], [0.4]) is None and order([5, 5], [0.4, 0.4]) is None
+    assert falling(np.array([5]), np.array([0.4])) == "0.4 with 5 calls"
+    assert (
+        falling(np.array([5, 10]), np.array([0.4, 0.2])) == "0.4 with 5 calls, 0.2 with 10 calls, falling as calls^-1.0"
+    )
 
 
 def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,19 @@
 """`python -m esd.analyze`: what every analysis leaves, that it resumes and refuses; and what analyses are made of."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from esd import checkpoint
-from esd.analysis import Results, Subject, figures
+from esd.analysis import Results, Subject, figures, layers
+from esd.config.analyses import LayersConfig, RepresentationsConfig
 from esd.config.analyze import ANALYSES
 from esd.errors import UserError
 from tests.families import shared
@@ -27,7 +31,7 @@ def test_figures_tables_and_captions_are_left_of_base_and_erased(command: Comman
     ended = command("analyze", *FAST, "checkpoint=weights")
     assert ended.code == 0, ended.err
     assert "without cat" in ended.out and "results are in" in ended.out.splitlines()[-1]
-    assert "To erase a thing, try selection='esd_x & " in ended.out
+    assert "To erase a thing, try 'selection=\"esd_x & " in ended.out
     rows = table(command.folder / "out/vitality.csv")
     assert {row["version"] for row in rows} == {"base", "erased"}
     apart = {v: [row["moved"] for row in rows if row["version"] == v] for v in ("base", "erased")}
@@ -122,9 +126,16 @@ def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
     assert made == [1] and (first == again).all()
 
 
+def held(folder: Path, facts: dict[str, Any]) -> None:
+    """A folder whose results are of something."""
+    results = Results(folder)
+    results.hold(facts)
+    results.note("seen")
+
+
 def test_results_know_what_they_are_of_by_hashes_and_not_by_names(tmp_path: Path) -> None:
-    Results(tmp_path, {"base": {"name": "a", "hash": 1}, "judge": None})
-    Results(tmp_path, {"base": {"name": "b", "hash": 1}, "judge": None, "vocabulary": {"hash": 3}})  # one not told yet
+    held(tmp_path, {"base": {"name": "a", "hash": 1}, "judge": None})
+    held(tmp_path, {"base": {"name": "b", "hash": 1}, "judge": None, "vocabulary": {"hash": 3}})  # one not told yet
     assert json.loads((tmp_path / "facts.json").read_text())["base"]["name"] == "b"
     for other, told in (
         ({"base": {"name": "b", "hash": 2}}, r"another base, b \(hash is 1 there, 2 here\)"),
@@ -132,8 +143,59 @@ def test_results_know_what_they_are_of_by_hashes_and_not_by_names(tmp_path: Path
         ({"vocabulary": None}, r"another vocabulary \(hash is 3 there, None here\)"),
     ):
         with pytest.raises(UserError, match=told):
-            Results(tmp_path, other)
+            Results(tmp_path).hold(other)
     assert json.loads((tmp_path / "facts.json").read_text())["base"] == {"name": "b", "hash": 1}
+
+
+def test_a_folder_of_which_nothing_came_is_free_for_anything(tmp_path: Path) -> None:
+    Results(tmp_path / "out").hold({"settings": {"pictures": 1}})
+    assert not (tmp_path / "out").exists()
+    held(tmp_path / "out", {"settings": {"pictures": 2, "new": 3}})
+    Results(tmp_path / "out").hold({"settings": {"pictures": 2}})  # as a version without the new one tells it
+    with pytest.raises(UserError, match=r"holds results of other settings \(pictures is 2 there, 1 here\)"):
+        Results(tmp_path / "out").hold({"settings": {"pictures": 1}})
+    Results(tmp_path / "unknown").kept("x", lambda: np.zeros(1))
+    with pytest.raises(UserError, match=r"no facts\.json that says of what"):
+        Results(tmp_path / "unknown").hold({"settings": {"pictures": 1}})
+
+
+def test_in_python_too_other_settings_models_and_steps_are_refused_where_pictures_are_kept(tmp_path: Path) -> None:
+    def analysed(subject: Subject, prompt: str) -> str:
+        settings = LayersConfig(
+            prompts=[prompt], other_things=["a dog"], other_styles=["a cat in mosaic style"], pictures=1, lengths=[1]
+        )
+        layers.analyse(subject, Results(tmp_path), **vars(settings))
+        return (tmp_path / "captions.md").read_text()
+
+    one = Subject(shared("sd1"), num_steps=1, guidance_scale=3.0)
+    said = analysed(one, "a cat")
+    for other, prompt, told in (
+        (one, "a rose", "other settings (prompts is ['a cat'] there, ['a rose'] here)"),
+        (dataclasses.replace(one, seed=1), "a cat", "other steps (seed is 0 there, 1 here)"),
+        (dataclasses.replace(one, family=shared("sd2-v")), "a cat", "another base, "),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            analysed(other, prompt)
+    assert analysed(one, "a cat") == said
+
+
+def test_settings_that_do_not_hold_cannot_be_made() -> None:
+    with pytest.raises(UserError, match=r"layers\.other_things has 4 for 1 layers\.prompts; give one for each"):
+        LayersConfig(prompts=["a cat"])
+    with pytest.raises(UserError, match=r"layers\.pictures=0: allowed: a finite number, at least 1"):
+        LayersConfig(pictures=0)
+    with pytest.raises(UserError, match=r"representations\.prompts=\[\] leaves nothing to look at"):
+        RepresentationsConfig(prompts=[])
+
+
+def test_settings_refused_by_the_model_leave_the_place_to_mended_ones(command: Command) -> None:
+    layers_of_two = [*FAST[:4], *LAYERS]
+    ended = command("analyze", *layers_of_two, "layers.lengths=[99]")
+    assert ended.code == 2 and "layers.lengths=[99]" in ended.err and "Traceback" not in ended.err
+    ended = command("analyze", *layers_of_two)
+    assert ended.code == 0, ended.err
+    ended = command("analyze", *FAST[:4], "analysis=attention", "attention.where=croos", "run_dir=maps")
+    assert ended.code == 2 and {path.name for path in (command.folder / "maps").iterdir()} <= {".lock"}
 
 
 def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> None:
@@ -152,6 +214,14 @@ def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> 
     results.figure("g", grid, "Three.")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.md", "f.png", "g.png", "t.csv"]
     assert (tmp_path / "captions.md").read_text().startswith("## f\n\n![f](f.png)\n\nWhat is seen.\n\n## g")
+
+
+def test_values_that_hardly_differ_stay_inside_of_an_axis_from_zero() -> None:
+    _, (ax,) = figures.panels(title="all")
+    y = np.array([0.5, 0.5, 0.4999])
+    figures.lines(ax, [0, 1, 2], {"a": y}, x_name="x", y_name="y", spread={"a": (y, y + 0.1)})
+    figures.from_zero(ax)
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 1.05 * 0.6
 
 
 def test_a_subject_draws_the_same_whatever_the_batch_and_tells_versions_apart() -> None:

@@ -74,8 +74,11 @@ def test_looking_changes_no_bit_and_maps_of_all_tokens_add_up(name: str) -> None
     sites = resolve(shared(name), TEXT[name], kind=is_attention)
     assert apart.maps.places == [site.label for site in sites]
     same = [apart.maps.mean(step=1, place=place) for place in apart.maps.places]
-    brief = AttentionMaps(TEXT[name], by_step=False)
-    drawn(name, brief, prompts=(A, B))
+    brief, heads = AttentionMaps(TEXT[name], by_step=False), AttentionMaps(TEXT[name], by_step=False, by_head=True)
+    drawn(name, brief, heads, prompts=(A, B))
+    each = [heads.maps.mean(head=head) for head in heads.maps.heads]
+    assert len(each) > 1 and not close(each[0], each[1]) and not brief.maps.heads
+    assert close(torch.stack(each).mean(0), brief.maps.mean())
     assert not brief.maps.steps and close(brief.maps.mean(), maps.maps.mean())
     if len({one.shape for one in same}) == 1:
         assert close(torch.stack(same).mean(0), maps.maps.mean(step=1))

@@ -168,7 +168,7 @@ def test_a_method_may_erase_styles_otherwise_than_things() -> None:
     config = composed("evaluate", [*CANVAS, "method=esd_u"])
     assert isinstance(config, EvaluateConfig)
     thing, style = (
-        composed("train", settings_of(config, Target(name, domain), Path("there")))
+        composed("train", settings_of(config, Target(domain, name), Path("there")))
         for name, domain in (("cat", "thing"), ("neon", "style"))
     )
     assert isinstance(thing, TrainConfig) and isinstance(style, TrainConfig)

@@ -180,6 +180,17 @@ def test_a_run_that_came_between_looking_and_writing_is_refused(tmp_path: Path) 
         pass
 
 
+def test_settings_refused_before_anything_came_of_them_leave_the_place_to_others(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no such layer"), RunDirectory(run, config(eta=1.0)).claimed():
+        raise UserError("no such layer")
+    with pytest.raises(UserError, match="too late"), RunDirectory(run, config(eta=2.0)).claimed():
+        (run / "metrics.jsonl").touch()
+        raise UserError("too late")
+    with pytest.raises(UserError, match=r"objective\.eta=2\.0 there, 1\.0 here"):
+        RunDirectory(run, config(eta=1.0))
+
+
 def test_a_run_killed_before_it_wrote_its_settings_can_be_started_again(tmp_path: Path) -> None:
     for name in (".lock", ".tmp-7-config.yaml"):
         (tmp_path / name).touch()

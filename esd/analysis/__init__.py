@@ -8,7 +8,10 @@ used on their own. From a pipeline to a figure:
     from esd.families import family_of
 
     subject = Subject(family_of(pipe), num_steps=20, guidance_scale=4.0)
-    layers.analyse(subject, Results("out"), **vars(LayersConfig(prompts=["a cat"])))
+    settings = LayersConfig(["a cat"], ["a dog"], ["a cat in mosaic style"], pictures=1, lengths=[1])
+    layers.analyse(subject, Results("out"), **vars(settings))
+
+A folder of results is one analysis' of one model under one set of settings: others are refused there.
 """
 
 from .results import Results

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from esd.evaluation.metrics import wilson
-
 from . import figures
+from .begin import analysis
+from .edits import rate, told_rate, whiskers
+from .heads import show_heads, site_of
 from .maps import Rows, show_maps
 from .results import Results
 from .scenes import (
@@ -37,10 +38,12 @@ from .subject import Subject
 SHOWN = 2  # pictures of each prompt in figures
 MOVED = "difference to the unedited picture\n(root mean square, 0 to 1)"
 SEEN = "share of pictures in which the judge\nsees what was asked for"
+RATES = ("changed", "kept", "both", "was")  # columns that are shares of pictures
 SIDED = ("changed", "kept", "both", "was", "moved_changed", "moved_kept")  # columns that tell of sides
 APART = "difference to the unedited picture\n(root mean square, noise has 1)"
 
 
+@analysis
 def analyse(
     subject: Subject,
     results: Results,
@@ -51,6 +54,7 @@ def analyse(
     pictures: int,
     where: str | None,
     resolution: int | None,
+    heads: str | None,
     cross_replace: float,
     self_replace: float,
     threshold: float,
@@ -68,6 +72,7 @@ def analyse(
         pictures: of each prompt.
         where: attentions that read the text; None for all.
         resolution: edge of the maps shown, in image tokens; None for the largest.
+        heads: the attention whose heads are shown one by one; None for that which tells the sides of words apart best.
         cross_replace: share of the steps in which attention to the text is replaced.
         self_replace: the same for attention of the image to itself.
         threshold: of local blend.
@@ -80,7 +85,8 @@ def analyse(
     )
     scenes = [Scene(*texts) for texts in zip(prompts, replaced, refined, strict=True)]
     study = Drawn(subject, results, scenes, subject.seeds(pictures), knobs)
-    show_maps(study)
+    site_of(study, heads)  # tells whether there is one
+    show_heads(study, heads, show_maps(study))
     rows = edits_table(study)
     show_paths(study)
     show_edits(study, rows)
@@ -112,7 +118,10 @@ def edits_table(study: Drawn) -> Rows:
     for version, edit, value in dict.fromkeys((row["version"], row["edit"], row["value"]) for row in every):
         mine = [row for row in every if (row["version"], row["edit"], row["value"]) == (version, edit, value)]
         own = {"version": version, "edit": edit, "value": value, "n": len(mine)}
-        rows.append(own | {name: mean(mine, name) for name in list(every[0])[5:]} | interval(mine))
+        means = {name: mean(mine, name) for name in list(every[0])[5:]}
+        given = {name: [row[name] for row in mine if row[name] is not None] for name in RATES}
+        intervals = {key: value for name in RATES for key, value in rate(name, given[name]).items()}
+        rows.append(own | means | intervals)
     study.results.table("edits", rows)
     return rows
 
@@ -143,9 +152,10 @@ def show_paths(study: Drawn) -> Rows:
         y_name=APART,
     )  # fmt: skip
     free, held = curves["no control"], curves["replace + self"]
+    ratio = free[-1] / max(free[1], 1e-9)
     text = (
         f"Another word moves what the denoiser gets by {free[1]:.3f} in the first step and by {free[-1]:.2f} at the "
-        f"end, {free[-1] / max(free[1], 1e-9):.0f} times as far; another seed by {curves['another seed'][-1]:.2f}. "
+        f"end{f', {ratio:.0f} times as far' if ratio >= 2 else ''}; another seed by {curves['another seed'][-1]:.2f}. "
         f"With attention replaced it is {curves['replace'][-1]:.2f}, with that of the image to itself {held[-1]:.2f}, "
         f"and with local blend {curves['replace + self + blend'][-1]:.2f}. Bands: one standard deviation. "
         f"{study.told}."
@@ -178,7 +188,9 @@ def show_edits(study: Drawn, rows: Rows) -> None:
     figures.bars(axes[0], names, moved_of(found), x_name=MOVED)
     if judged:
         seen = {f"{side} side": np.array([row[side] for row in found]) for side in ("changed", "kept")}
-        figures.bars(axes[1], names, seen | {"both": np.array([row["both"] for row in found])}, x_name=SEEN)
+        seen |= {"both": np.array([row["both"] for row in found])}
+        reach = {name: whiskers(found, name.removesuffix(" side")) for name in seen}
+        figures.bars(axes[1], names, seen, x_name=SEEN, spread=reach)
     for ax in axes:  # beside no bar
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
     study.results.figure("edits", figure, told_edits(study, rows, [*replaced, *refined]))
@@ -194,8 +206,8 @@ def show_weights(study: Drawn, rows: Rows) -> None:
     )  # fmt: skip
     found = [row_of(rows, ("reweight", w)) for w in weights]
     parts = [
-        f"at weight {row['value']:g} the judge sees the word's thing in {row['changed']:.0%} and the other one in "
-        f"{row['kept']:.0%}" if row["both"] is not None else
+        f"at weight {row['value']:g} the judge sees the word's thing in {told_rate(row, 'changed')} and the other one "
+        f"in {told_rate(row, 'kept')}" if row["both"] is not None else
         f"at weight {row['value']:g} the picture moves by {row['moved']:.3f}"
         for row in found
     ]  # fmt: skip
@@ -225,14 +237,21 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
     share = "share replaced (%)"
     curves = {f"{part}, over {what}": y for what, mine in found.items() for part, y in moved_of(mine).items()}
     figures.lines(axes[0], x, curves, x_name=share, y_name=MOVED)
-    axes[0].set_ylim(bottom=0)
+    figures.from_zero(axes[0])
     if judged:
         curves = {
             f"{side} side, over {what}": np.array([row[side] for row in mine])
             for what, mine in found.items()
             for side in ("changed", "kept")
         }
-        figures.lines(axes[1], x, curves, x_name=share, y_name=SEEN)
+        bands = {
+            f"{side} side, over {what}": (
+                np.array([row[f"{side}_low"] for row in mine]), np.array([row[f"{side}_high"] for row in mine])
+            )
+            for what, mine in found.items()
+            for side in ("changed", "kept")
+        }  # fmt: skip
+        figures.lines(axes[1], x, curves, x_name=share, y_name=SEEN, spread=bands)
         axes[1].set_ylim(-0.03, 1.03)
     study.results.figure("sweep-curves", panel, told_sweep(study, found))
 
@@ -257,7 +276,7 @@ def told_row(row: dict[str, Any]) -> str:
     if row["both"] is None:
         return f"{row['moved']:.3f}"
     moved = f"{row['moved_changed']:.3f} and {row['moved_kept']:.3f}"
-    return f"{moved}, what was asked for is seen on both in {row['both']:.0%}"
+    return f"{moved}, what was asked for is seen on both in {told_rate(row, 'both')}"
 
 
 def told_sweep(study: Drawn, found: Mapping[str, Rows]) -> str:
@@ -278,10 +297,3 @@ def mean(rows: Rows, name: str) -> float | None:
     """Of a column, over the rows that have a value; None where none has."""
     values = [row[name] for row in rows if row[name] is not None]
     return float(np.mean(values)) if values else None
-
-
-def interval(rows: Rows) -> dict[str, float | None]:
-    """The 95% interval of the share of pictures in which both sides are seen as asked for."""
-    read = [row["both"] for row in rows if row["both"] is not None]
-    low, high = wilson(sum(read), len(read)) if read else (None, None)
-    return {"both_low": low, "both_high": high}

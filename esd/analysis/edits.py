@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from esd.evaluation.metrics import wilson
 from esd.evaluation.vocabulary import DOMAINS
 from esd.families import Family
 from esd.interventions import InjectText, Op, Site, Skip, Source, layers, resolve
@@ -205,14 +206,33 @@ def seen(subject: Subject, images: np.ndarray, prompts: Sequence[str]) -> dict[s
         prompts: n texts.
 
     Returns:
-        A share in [0, 1] for "thing" and for "style"; None where no prompt names one, or nobody reads.
+        See `rate`, for "thing" and for "style"; of the pictures whose prompt names one.
     """
     if subject.judge is None or subject.vocabulary is None:
-        return dict.fromkeys(DOMAINS)
+        return {key: value for domain in DOMAINS for key, value in rate(domain, []).items()}
     read = subject.judge(images)
     told = [subject.vocabulary.named(prompt) for prompt in prompts]
     right = {domain: [read.says(i, domain, t[domain]) for i, t in enumerate(told) if domain in t] for domain in DOMAINS}
-    return {domain: float(np.mean(found)) if found else None for domain, found in right.items()}
+    return {key: value for domain, found in right.items() for key, value in rate(domain, found).items()}
+
+
+def rate(name: str, answers: Sequence[bool | int]) -> dict[str, float | None]:
+    """{name, name_low, name_high, name_n}: a share in [0, 1], its 95% Wilson interval, of how many; None of none."""
+    n = len(answers)
+    share, low, high = (sum(answers) / n, *wilson(sum(answers), n)) if n else (None, None, None)
+    return {name: share, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
+
+
+def whiskers(rows: Rows, name: str) -> np.ndarray:
+    """How far the interval of a `rate` reaches below and above it in each row (2, rows)."""
+    return np.array(
+        [[row[name] - row[f"{name}_low"] for row in rows], [row[f"{name}_high"] - row[name] for row in rows]]
+    )
+
+
+def told_rate(row: Mapping[str, Any], name: str) -> str:
+    """A `rate` and its interval: 81% [57 to 93]."""
+    return f"{row[name]:.0%} [{100 * row[f'{name}_low']:.0f} to {100 * row[f'{name}_high']:.0f}]"
 
 
 def windows(count: int, lengths: Sequence[int] = ()) -> Iterator[tuple[int, int]]:

@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 WIDTH = 9.0  # inches, 900 pixels where a page shows 100 to an inch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MAP, SIGNED = "viridis", "PuOr"  # of values from 0 upwards, and of values of both signs
-GREY = "#7a7a7a"
+GREY, INK = "#7a7a7a", "#222222"
 _STYLE: Any = {
     "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "legend.fontsize": 10, "figure.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
@@ -97,6 +97,11 @@ def lines(
             ax.legend()
 
 
+def from_zero(ax: Axes) -> None:
+    """Has an axis of values from 0 upwards begin there, with room above the largest."""
+    ax.set_ylim(0, 1.12 * max(float(ax.dataLim.y1), 1e-9))
+
+
 def plain_numbers(axis: Axis) -> None:
     """0.2 and 3 along a logarithmic axis, in place of powers of ten; only those that begin with 1, 2, 3 or 5."""
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -120,14 +125,14 @@ def bars(
         values: name of a bar in each group to (n,) values.
         x_name: label with unit.
         title: of the panel.
-        spread: name of a bar to half the width of its interval, (n,).
+        spread: name of a bar to half the width of its interval (n,), or to how far it reaches below and above (2, n).
     """
     with style():
         places, thick = np.arange(len(names)), 0.8 / len(values)
         for number, (name, found) in enumerate(values.items()):
             at = places + (number - (len(values) - 1) / 2) * thick
             error = spread[name] if spread else None
-            ax.barh(at, found, thick, label=name, color=COLOURS[number % len(COLOURS)], xerr=error, ecolor=GREY)
+            ax.barh(at, found, thick, label=name, color=COLOURS[number % len(COLOURS)], xerr=error, ecolor=INK)
         ax.set_yticks(places, names)
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
@@ -279,4 +284,5 @@ def wrapped(
     return pictures(
         grid.reshape(count * len(series), across, *blank.shape), title=title, labels=lines_of,
         rows=[name if not line else "" for name in rows for line in range(count)] if rows else None,
+        width=min(WIDTH, 2.0 + 1.4 * across),  # few pictures are no larger than many
     )  # fmt: skip

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,20 +25,24 @@ from .edits import (
     selection,
     short,
     told,
+    told_rate,
     where,
     windows,
 )
 
 ENOUGH = 0.8  # of what all layers together do: what a window must do to be suggested
+LITTLE = 0.2  # what all layers together must do at least for anything to be suggested
 
 
 def with_other_prompts(study: Study, few: np.ndarray, lengths: Sequence[int]) -> Rows:
     """Has windows of layers read another prompt: injection.csv, injection.png, injection-pictures.png.
 
-    `towards` says where a picture lies between the two prompts' own: 0 at its own, 1 at the other's.
+    All layers together are among them, whatever the lengths: what a window does is held against that. `towards` says
+    where a picture lies between the two prompts' own: 0 at its own, 1 at the other's.
     """
     names = [short(site) for site in study.readers]
-    every, texts = list(windows(len(names), lengths)), [study.texts[i] for i in few]
+    every = list(dict.fromkeys([*windows(len(names), lengths), (0, len(names) - 1)]))
+    texts = [study.texts[i] for i in few]
     rows: Rows = []
     for version, plain in study.plain.items():
         targets = study.of_others(version, few)
@@ -47,19 +51,19 @@ def with_other_prompts(study: Study, few: np.ndarray, lengths: Sequence[int]) ->
             for kind, other_kind, images, target in zip(KINDS, KINDS[::-1], edited, targets, strict=True):
                 own, other = plain.moved(images, few), study.subject.distance(target, images) / plain.unit
                 asked = [study.others[kind][text] for text in texts]
+                own_read, other_read = (seen(study.subject, images, prompts) for prompts in (texts, asked))
                 rows.append(
                     {
                         "version": version, "swap": kind, "first": names[first], "last": names[last],
                         "length": last - first + 1, "towards": float(np.mean(own / np.maximum(own + other, 1e-9))),
-                        "other": seen(study.subject, images, asked)[kind],
-                        "own": seen(study.subject, images, texts)[kind],
-                        "rest": seen(study.subject, images, texts)[other_kind], "n": len(few),
+                        **renamed(other_read, kind, "other"), **renamed(own_read, kind, "own"),
+                        **renamed(own_read, other_kind, "rest"), "n": len(few),
                     }
                 )  # fmt: skip
     study.results.table("injection", rows)
     for kind in KINDS:
         mine = [row for row in rows if row["swap"] == kind]
-        by = "towards" if mine[0]["other"] is None else "other"
+        by = measure(mine)
         unit = {
             "towards": "place between the prompts (0 own, 1 other)",
             "other": f"judge sees the other {kind} (share)",
@@ -72,24 +76,48 @@ def with_other_prompts(study: Study, few: np.ndarray, lengths: Sequence[int]) ->
     return rows
 
 
+def renamed(read: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
+    """The `rate` of a kind under another name."""
+    return {f"{name}{end}": read[f"{kind}{end}"] for end in ("", "_low", "_high", "_n")}
+
+
+def measure(rows: Rows) -> str:
+    """The column that says what layers carry: shares where somebody reads pictures, else places between prompts."""
+    return "towards" if rows[0]["other"] is None else "other"
+
+
 def carried(rows: Rows, by: str, kind: str) -> str:
     """What all layers do to base pictures when they read the other prompt, and which of them it takes."""
     base = [row for row in rows if row["version"] == "base"]
-    whole, few = max(base, key=lambda row: row["length"]), shortest(base, by)
-    alone = max((row for row in base if row["length"] == 1), key=lambda row: row[by], default=whole)
+    whole, few = together(base), shortest(base, by)
+    alone = max((row for row in base if row["length"] == 1 < whole["length"]), key=lambda row: row[by], default=None)
     what = f"the judge sees the other {kind} in" if by == "other" else "the picture lies between the prompts at"
-    one = f"; one layer alone does {alone[by]:.2f} at most ({alone['first']})" if alone["length"] == 1 else ""
-    return (
-        f"Where {whole['first']} to {whole['last']} read the other prompt, {what} {whole[by]:.2f}{one}. "
-        f"The shortest window that does {ENOUGH:.0%} of the most is {few['first']} to {few['last']} ({few[by]:.2f})."
-    )
+    text = f"Where {whole['first']} to {whole['last']} read the other prompt, {what} {told_measure(whole, by)}"
+    if alone:
+        text += f"; one layer alone does {alone[by]:.2f} at most ({alone['first']})"
+    if few is None:
+        return f"{text}. That is too little to say which layers it takes."
+    if few is whole:
+        return f"{text}. No shorter window that was tried does {ENOUGH:.0%} of that."
+    span = few["first"] if few["length"] == 1 else f"{few['first']} to {few['last']}"
+    return f"{text}. The shortest window tried that does {ENOUGH:.0%} of that is {span} ({told_measure(few, by)})."
 
 
-def shortest(base: Rows, by: str) -> dict[str, Any]:
-    """The shortest window that does nearly what the best one does."""
-    most = max(row[by] for row in base)
+def told_measure(row: dict[str, Any], by: str) -> str:
+    """What a window does, with its interval where it is a share."""
+    return told_rate(row, by) if by == "other" else f"{row[by]:.2f}"
+
+
+def together(base: Rows) -> dict[str, Any]:
+    """The row of all layers."""
+    return max(base, key=lambda row: row["length"])
+
+
+def shortest(base: Rows, by: str) -> dict[str, Any] | None:
+    """The shortest window that does nearly what all layers do; None where that is next to nothing."""
+    most = together(base)[by]
     enough = [row for row in base if row[by] >= ENOUGH * most]
-    return min(enough, key=lambda row: (row["length"], -row[by], -row["towards"]))
+    return min(enough, key=lambda row: (row["length"], -row[by], -row["towards"])) if most >= LITTLE else None
 
 
 def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]], rows: Rows) -> None:
@@ -121,8 +149,8 @@ def draw_injected(study: Study, few: np.ndarray, every: Sequence[tuple[int, int]
 
 def half_way(rows: Rows, kind: str, names: Sequence[str]) -> str:
     """From which layer on, and up to which, base pictures have to read the other prompt to show it half of the time."""
-    by = "towards" if rows[0]["other"] is None else "other"
     mine = [row for row in rows if (row["version"], row["swap"]) == ("base", kind)]
+    by = measure(mine)
     enough = [row for row in mine if row[by] >= 0.5]
     up_to = [names.index(row["last"]) for row in enough if row["first"] == names[0]]
     from_on = [names.index(row["first"]) for row in enough if row["last"] == names[-1]]
@@ -133,31 +161,38 @@ def half_way(rows: Rows, kind: str, names: Sequence[str]) -> str:
     )
     if not up_to or not from_on:
         return f"{what} in no window from the first layer or to the last."
+    if min(up_to) == len(names) - 1 and not max(from_on):
+        return f"{what} where all layers read it, and in no shorter window tried from the first or to the last."
     return f"{what} once all layers up to {names[min(up_to)]} read it, or all from {names[max(from_on)]} on."
 
 
 def suggest(study: Study, rows: Rows) -> None:
     """Suggests what to train, to erase a thing or a style: suggestion.csv, and a note for each.
 
-    The shortest window of the base whose layers, reading another prompt, do nearly all that all of them do.
+    The shortest window of the base whose layers, reading another prompt, do nearly all that all of them do; none where
+    that is next to nothing.
     """
     names, suggested = [short(site) for site in study.readers], []
     for kind in KINDS:
         mine = [row for row in rows if row["swap"] == kind and row["version"] == "base"]
-        by = "towards" if mine[0]["other"] is None else "other"
-        best, most = shortest(mine, by), max(row[by] for row in mine)
+        by, whole, best = measure(mine), together(mine), shortest(mine, measure(mine))
+        told: dict[str, Any] = {"erase": kind, "measure": by, "all": whole[by], "n": whole["n"]}
+        told |= dict.fromkeys(("selection", "first", "last", "found", "rest", "parameters", "of_esd_x"))
+        suggested.append(told)
+        if best is None:
+            study.results.note(
+                f"No selection is suggested to erase a {kind}: with all {len(names)} layers that read the text reading "
+                f"another prompt, {told_measure(whole, by)} of the {kind} comes with it (n = {whole['n']})."
+            )
+            continue
         chosen = study.readers[names.index(best["first"]) : names.index(best["last"]) + 1]
-        found = study.family.select(selection(study.family, chosen))
-        whole = study.family.select("esd_x")
-        suggested.append(
-            {"erase": kind, "selection": found.expression, "first": best["first"], "last": best["last"],
-             "measure": by, "found": best[by], "most": most, "rest": best["rest"], "n": best["n"],
-             "parameters": found.numel, "of_esd_x": found.numel / whole.numel}
-        )  # fmt: skip
+        found, every = study.family.select(selection(study.family, chosen)), study.family.select("esd_x")
+        told |= {"selection": found.expression, "first": best["first"], "last": best["last"], "found": best[by],
+                 "rest": best["rest"], "parameters": found.numel, "of_esd_x": found.numel / every.numel}  # fmt: skip
         study.results.note(
-            f"To erase a {kind}, try selection='{found.expression}': {len(chosen)} of the {len(names)} layers that "
-            f"read the text carry {best[by]:.2f} of the {kind}, all together {most:.2f} (n = {best['n']}); "
-            f"{found.numel:,} parameters, {found.numel / whole.numel:.0%} of esd_x."
+            f"To erase a {kind}, try 'selection=\"{found.expression}\"': {len(chosen)} of the {len(names)} layers that "
+            f"read the text carry {told_measure(best, by)} of the {kind}, all together {told_measure(whole, by)} "
+            f"(n = {best['n']}); {found.numel:,} parameters, {found.numel / every.numel:.0%} of esd_x."
         )
     study.results.table("suggestion", suggested)
 
@@ -199,7 +234,7 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
             x_name="first layer that reads it", y_name="distance (1 = as far as another prompt's)",
             title=version if len(study.plain) > 1 else "", ticks=names,
         )  # fmt: skip
-        ax.set_ylim(bottom=0)
+        figures.from_zero(ax)
     study.results.figure("start", figure, f"{depends(study, rows)} n = {rows[0]['n']} for each start; {told(study)}.")
     return rows
 
@@ -248,8 +283,9 @@ def with_another_seed(study: Study, few: np.ndarray) -> Rows:
     study.results.figure(
         "cross-seed", figure,
         "The number is the mean distance to the unedited picture (1 = as far as another prompt's). One layer alone "
-        f"moves it by {np.mean([row['moved'] for row in alone]):.2f} on average, {worst['layer']} most "
-        f"({worst['moved']:.2f}); all together by {every['moved']:.2f}. n = {len(few)} each; {told(study)}.",
+        f"moves it by {np.mean([row['moved'] for row in alone]):.2f} on average"
+        + (f", {worst['layer']} most ({worst['moved']:.2f})" if len(alone) > 1 else "")
+        + f"; all together by {every['moved']:.2f}. n = {len(few)} each; {told(study)}.",
     )  # fmt: skip
     return rows
 

@@ -17,24 +17,45 @@ Source: antoniomari/diffusion-interpretability, which did this on FLUX.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from esd.interventions import Record, sample
+from esd.errors import UserError
+from esd.interventions import Record, layers, sample
 from esd.interventions.sites import STREAMS
 
 from . import figures
-from .edits import ACROSS, KINDS, Rows, Study, draw_windows, mean_of, picked, seen, short, told, where, windows
+from .begin import analysis
+from .edits import (
+    ACROSS,
+    KINDS,
+    Rows,
+    Study,
+    draw_windows,
+    mean_of,
+    picked,
+    seen,
+    short,
+    told,
+    told_rate,
+    where,
+    whiskers,
+    windows,
+)
 from .injection import from_a_layer_on, suggest, with_another_seed, with_other_prompts, with_weighed_text
 from .results import Results
 from .subject import Subject
 
 SHOWN = 2  # prompts that figures of pictures show
+STILL = 0.005  # least distance that is told as one
+SHOWS = 0.5  # least share of unedited pictures that edited ones can be held against
 UNIT = "distance to the unedited picture\n(1 = as far as another prompt's)"
 
 
+@analysis
 def analyse(
     subject: Subject,
     results: Results,
@@ -59,7 +80,13 @@ def analyse(
         window_pictures: of each prompt, with windows of layers edited; at most `pictures`.
         lengths: of windows; () is every length.
         weights: w.
+
+    Raises:
+        UserError: the model has fewer layers than a window is long.
     """
+    count = len(layers(subject.family))
+    if too_long := [length for length in lengths if length > count]:
+        raise UserError(f"layers.lengths={too_long}: this model has {count} layers; allowed: 1 to {count}")
     others = [dict(zip(prompts, told, strict=True)) for told in (other_things, other_styles)]
     study = Study(subject, results, prompts, pictures, dict(zip(KINDS, others, strict=True)))
     few = study.first(window_pictures)
@@ -97,12 +124,11 @@ def without_layers(study: Study) -> Rows:
         for name, images in zip(names, base[1:], strict=True)
     }
     most, least = max(far, key=far.__getitem__), min(far, key=far.__getitem__)
-    study.results.figure(
-        "without", figure,
-        f"One picture of each of {told(study, shown)}, drawn without one layer. Of those shown, the ones without "
-        f"{most} differ most from the unedited ({far[most]:.2f}), those without {least} "
-        f"least ({far[least]:.2f}).",
-    )  # fmt: skip
+    text = f"One picture of each of {told(study, shown)}, drawn without one layer."
+    if far[most] - far[least] >= STILL:
+        text += f" Of those shown, the ones without {most} differ most from the unedited ({far[most]:.2f}), those "
+        text += f"without {least} least ({far[least]:.2f})."
+    study.results.figure("without", figure, text)
     return rows
 
 
@@ -121,27 +147,43 @@ def draw_vitality(study: Study, rows: Rows) -> None:
         spread={v: np.array([row["interval"] for row in found]) for v, found in every.items()},
     )  # fmt: skip
     if judged:
-        several = len(every) > 1
-        shares = {
-            f"{kind}, {version}" if several else kind: np.array([row[kind] for row in found])
-            for version, found in every.items()
-            for kind in judged
-        }
+        shares, reach = dict[str, np.ndarray](), dict[str, np.ndarray]()
+        for version, found in every.items():
+            for kind in judged:
+                label = f"{kind}, {version}" if len(every) > 1 else kind
+                shares[label], reach[label] = np.array([row[kind] for row in found]), whiskers(found, kind)
         figures.bars(
-            axes[1], names, shares, x_name="share of pictures in which the judge\nstill sees what was asked for"
-        )
-    order = sorted(alone["base"], key=lambda row: -row["moved"])
-    most = ", ".join(f"{row['short']} ({row['moved']:.2f})" for row in order[:3])
-    text = (
-        f"Left out alone, {most} move the picture furthest and {order[-1]['short']} least ({order[-1]['moved']:.2f}). "
-    )
+            axes[1], names, shares, x_name="share of pictures in which the judge\nstill sees what was asked for",
+            spread=reach,
+        )  # fmt: skip
+    text = furthest_alone(alone["base"])
     for kind in judged:
-        lost = [f"{row['short']} ({row[kind]:.0%})" for row in alone["base"] if row[kind] < base[0][kind] / 2]
-        text += f"The judge sees the {kind} in {base[0][kind]:.0%} of the unedited pictures, "
-        text += (
-            f"and in less than half of that without {', '.join(lost)}. " if lost else "and no layer alone halves that. "
-        )
-    study.results.figure("vitality", figure, f"{text}n = {base[0]['n']} for each layer; {told(study)}.")
+        text += lost(kind, base[0], alone["base"])
+    study.results.figure(
+        "vitality", figure, f"{text}n = {base[0]['n']} for each layer, with 95% intervals; {told(study)}."
+    )
+
+
+def furthest_alone(rows: Rows) -> str:
+    """Without which layers pictures move furthest, and without which least, where that is not the same."""
+    order = sorted(rows, key=lambda row: -row["moved"])
+    if order[0]["moved"] < STILL:
+        return f"No layer left out alone moves the picture by {STILL:g} or more. "
+    most = ", ".join(f"{row['short']} ({row['moved']:.2f})" for row in order[: max(1, min(3, len(order) - 1))])
+    text = f"Left out alone, {most} move{'s' * (', ' not in most)} the picture furthest"
+    return f"{text}. " if len(order) < 2 else f"{text}, {order[-1]['short']} least ({order[-1]['moved']:.2f}). "
+
+
+def lost(kind: str, plain: dict[str, Any], rows: Rows) -> str:
+    """Without which layers less than half of the pictures still show what they showed."""
+    if plain[kind] < SHOWS:
+        return f"The judge sees the {kind} in {told_rate(plain, kind)} of the unedited pictures, too few to lose. "
+    gone = [f"{row['short']} ({row[kind]:.0%})" for row in rows if row[kind] < plain[kind] / 2]
+    text = f"The judge sees the {kind} in {told_rate(plain, kind)} of the unedited pictures, and "
+    if gone:
+        return f"{text}in less than half of that without {', '.join(gone)}. "
+    least = min(rows, key=lambda row: row[kind])
+    return f"{text}in {told_rate(least, kind)} at the least, without {least['short']}. "
 
 
 def without_windows(study: Study, few: np.ndarray, lengths: Sequence[int]) -> Rows:
@@ -183,10 +225,14 @@ def furthest(rows: Rows) -> str:
     """Which shortest window moves base pictures at least as far as another prompt would."""
     far = [row for row in rows if row["version"] == "base" and row["moved"] >= 1]
     if not far:
-        return "No window moves the picture as far as another prompt does."
+        most = max((row for row in rows if row["version"] == "base"), key=lambda row: row["moved"])
+        return (
+            f"No window tried moves the picture as far as another prompt does; {most['first']} to {most['last']} moves "
+            f"it furthest ({most['moved']:.2f})."
+        )
     best = min(far, key=lambda row: (row["length"], -row["moved"]))
     return (
-        f"The shortest window without which the picture moves as far as another prompt's has {best['length']} "
+        f"The shortest window tried without which the picture moves as far as another prompt's has {best['length']} "
         f"layer{'s' * (best['length'] > 1)}, {best['first']} to {best['last']} ({best['moved']:.2f})."
     )
 
@@ -223,9 +269,10 @@ def activations(study: Study) -> Rows:
     mean = image.mean(1)
     study.results.figure(
         "activations", figure,
-        f"{names[int(np.argmax(mean))]} adds most to the image stream, {mean.max():.2f} of what passes through "
-        f"it, {names[int(np.argmin(mean))]} least ({mean.min():.2f}). n = "
-        f"{min(len(study.texts), subject.batch_size)} pictures.",
+        f"{names[int(np.argmax(mean))]} adds {'most' if len(names) > 1 else 'this much'} to the image stream, "
+        f"{mean.max():.2f} of what passes through it"
+        + (f", {names[int(np.argmin(mean))]} least ({mean.min():.2f})" if len(names) > 1 else "")
+        + f". n = {min(len(study.texts), subject.batch_size)} pictures.",
     )  # fmt: skip
     return rows
 

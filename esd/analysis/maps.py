@@ -11,7 +11,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from esd.interventions import token_texts
+from esd.interventions import positions_of, token_texts
+from esd.interventions.words import words_of
 
 from . import figures
 from .edits import picked, short
@@ -35,16 +36,22 @@ def show_maps(study: Drawn) -> Rows:
                 found += [("", name, maps) for name, maps in zip(named, places, strict=True)]
                 for step, place, maps in found:
                     own = {"version": version, "prompt": scene.prompt, "token": token, "text": text}
+                    own["encoder"] = encoder(study, scene, token)
                     seen = {"mass": float(maps[token].mean()), "left": left_share(maps[token]), "n": len(pairs)}
                     rows.append(own | {"step": step, "place": place} | seen)
     study.results.table("maps", rows)
-    panels, labels, named_rows = [], [], []
+    panels, labels, named_rows = list[list[np.ndarray]](), list[list[str]](), list[str]()
     for version in study.subject.versions:
         for scene in study.scenes:
             pair, tokens = study.pairs(scene, version)[0], shown_tokens(study, scene)
-            panels.append([pair.images[0], *(heat_picture(pair.maps.mean(0)[i], pair.images[0]) for i, _ in tokens)])
-            labels.append(["picture", *(text for _, text in tokens)])
-            named_rows.append(scene.prompt + (f", {version}" if len(study.subject.versions) > 1 else ""))
+            row = [pair.images[0], *(heat_picture(pair.maps.mean(0)[i], pair.images[0]) for i, _ in tokens)]
+            above = ["picture", *(label(study, scene, i, text) for i, text in tokens)]
+            lines = -(-len(row) // (ACROSS + 1))
+            size = -(-len(row) // lines)
+            panels += [row[begin : begin + size] for begin in range(0, len(row), size)]
+            labels += [above[begin : begin + size] for begin in range(0, len(row), size)]
+            beside = scene.prompt + (f", {version}" if len(study.subject.versions) > 1 else "")
+            named_rows += [beside, *[""] * (lines - 1)]
     figure = figures.pictures(
         padded(panels), title="Where each word is attended to, mean over steps and places", labels=filled(labels),
         rows=named_rows,
@@ -52,19 +59,19 @@ def show_maps(study: Drawn) -> Rows:
     study.results.figure("maps", figure, f"{told_sides(study, rows)} Each map is scaled to its own largest value.")
     scene = study.scenes[0]
     pair, words = study.pairs(scene)[0], thing_tokens(study, scene)
-    chosen, named = picked(range(len(pair.maps)), ACROSS), [text for _, text in words]
+    chosen, named = picked(range(len(pair.maps)), ACROSS), [label(study, scene, i, text) for i, text in words]
     by_step = [[heat_picture(pair.maps[step][i], pair.images[0]) for step in chosen] for i, _ in words]
     figure = figures.pictures(
         np.array(by_step), title=f"Where words are attended to, step by step: {scene.prompt!r}", rows=named,
         columns=[str(step) for step in chosen], column_name="step",
     )  # fmt: skip
-    study.results.figure("maps-steps", figure, told_steps(rows, scene, words))
+    study.results.figure("maps-steps", figure, told_steps(study, rows, scene, words))
     by_place = [[heat_picture(maps[i], pair.images[0]) for maps in pair.by_place] for i, _ in words]
     figure = figures.pictures(
         np.array(by_place), title=f"Where words are attended to, attention by attention: {scene.prompt!r}", rows=named,
         columns=[short(site) for site in study.knobs.places], column_name="attention, in the order they run",
     )  # fmt: skip
-    study.results.figure("maps-places", figure, told_places(rows, scene, words))
+    study.results.figure("maps-places", figure, told_places(study, rows, scene, words))
     return rows
 
 
@@ -77,10 +84,32 @@ def shown_tokens(study: Drawn, scene: Scene) -> list[tuple[int, str]]:
 
 
 def thing_tokens(study: Drawn, scene: Scene) -> list[tuple[int, str]]:
-    """Those of the things that a prompt names; of all words where nobody knows."""
-    tokens = [(i, text) for i, text in shown_tokens(study, scene) if text != "(start)"]
+    """Those of the things that a prompt names; of the word that is replaced and of the last one where nobody knows."""
+    family, tokens = study.subject.family, [found for found in shown_tokens(study, scene) if found[1] != "(start)"]
     named = " ".join(things(study.subject, scene.prompt) or []).split()
-    return [(i, text) for i, text in tokens if text.lower() in named] or tokens
+    if found := [(i, text) for i, text in tokens if text.lower() in named]:
+        return found
+    words = (scene.swapped[0], words_of(scene.prompt)[-1])
+    places = [place for word in words for place in positions_of(family, scene.prompt, word)]
+    return [(i, text) for i, text in tokens if i in places]
+
+
+def encoder(study: Drawn, scene: Scene, token: int) -> str:
+    """Which of several encoders a text token comes from; "" where there is one."""
+    family = study.subject.family
+    ends = np.cumsum([len(part) for part in family.token_spans(scene.prompt)])
+    return family.segments[int(np.searchsorted(ends, token, side="right"))]
+
+
+def label(study: Drawn, scene: Scene, token: int, text: str) -> str:
+    """What stands above a token's map."""
+    return "\n".join(filter(None, (text, encoder(study, scene, token))))
+
+
+def quoted(study: Drawn, scene: Scene, token: int, text: str) -> str:
+    """What captions call a token."""
+    read_by = encoder(study, scene, token)
+    return repr(text) + (f" ({read_by})" if read_by else "")
 
 
 def heat_picture(values: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -120,27 +149,30 @@ def told_sides(study: Drawn, rows: Rows) -> str:
     for scene in study.scenes:
         for token, text in thing_tokens(study, scene):
             (row,) = [r for r in of(rows, scene) if r["token"] == token and r["step"] == r["place"] == ""]
-            parts.append(f"{text!r} of {scene.prompt!r} has {row['left']:.0%} of its attention in the left half")
+            named = quoted(study, scene, token, text)
+            parts.append(f"{named} of {scene.prompt!r} has {row['left']:.0%} of its attention in the left half")
     return f"{'; '.join(parts)} (mean of n = {len(study.seeds)} pictures)."
 
 
-def told_steps(rows: Rows, scene: Scene, words: Sequence[tuple[int, str]]) -> str:
+def told_steps(study: Drawn, rows: Rows, scene: Scene, words: Sequence[tuple[int, str]]) -> str:
     """How early words have found their side."""
     parts = []
     for token, text in words:
         mine = [row for row in of(rows, scene) if row["token"] == token and row["step"] != ""]
-        parts.append(f"{text!r}: {mine[0]['left']:.0%} in step 0, {mine[-1]['left']:.0%} in the last")
+        parts.append(
+            f"{quoted(study, scene, token, text)}: {mine[0]['left']:.0%} in step 0, {mine[-1]['left']:.0%} in the last"
+        )
     return f"Share of attention in the left half, mean of n = {rows[0]['n']} pictures. {'; '.join(parts)}."
 
 
-def told_places(rows: Rows, scene: Scene, words: Sequence[tuple[int, str]]) -> str:
+def told_places(study: Drawn, rows: Rows, scene: Scene, words: Sequence[tuple[int, str]]) -> str:
     """Which attentions tell the sides of words apart best."""
     parts = []
     for token, text in words:
         mine = [row for row in of(rows, scene) if row["token"] == token and row["place"] and row["mass"] >= FAINT]
         best = max(mine, key=lambda row: abs(row["left"] - 0.5), default=None)
         told = f"most one-sided in {best['place']} ({best['left']:.0%} left)" if best else "hardly attended to"
-        parts.append(f"{text!r} is {told}")
+        parts.append(f"{quoted(study, scene, token, text)} is {told}")
     return (
         f"{'; '.join(parts)}; mean of n = {rows[0]['n']} pictures. Each map is scaled to its own largest value; dark "
         f"ones have less than {FAINT:g} of the attention everywhere."

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from esd import checkpoint
 from esd.checkpoint import Erased
+from esd.evaluation.generate import base_of
 from esd.evaluation.judges import EmojiJudge
 from esd.evaluation.pixels import as_uint8
 from esd.evaluation.vocabulary import Vocabulary
@@ -41,6 +43,17 @@ class Subject:
     guidance_scale: float = 4.0
     seed: int = 0
     batch_size: int = 16
+
+    def facts(self) -> dict[str, Any]:
+        """What says which model is looked into and how it is sampled, see `Results.hold`."""
+        erased, judge, vocabulary = self.checkpoint, self.judge, self.vocabulary
+        return {
+            "base": base_of(self.family),
+            "checkpoint": erased.identity() if erased else None,
+            "judge": {"name": judge.name, "hash": judge.hash} if judge else None,
+            "vocabulary": {"hash": vocabulary.hash} if vocabulary else None,
+            "steps": {name: getattr(self, name) for name in ("num_steps", "guidance_scale", "seed")},
+        }
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from typing import ClassVar
 
-from esd.config.options import option
+from esd.config.options import check_ranges, fields_of, option
 from esd.errors import UserError
 
 SOLVERS = ("ddim", "euler", "heun", "dpm++", "unipc", "lms")  # schedulers that add no noise, from any first time on
 
 
 class AnalysisSettings:
-    """What the settings of every analysis share."""
+    """What the settings of every analysis share: there are none that do not hold, in Python neither.
+
+    Attributes:
+        analysis: its name.
+    """
+
+    analysis: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Raises UserError, see `check`."""
+        self.check()
 
     def check(self) -> None:
-        """Raises UserError for values that do not fit each other."""
+        """Raises UserError for values out of range, for an empty list that leaves nothing to look at, for a misfit."""
+        check_ranges(self, f"{self.analysis}.")
+        for name, value, spec in fields_of(self, f"{self.analysis}."):
+            default = [] if spec.default_factory is MISSING else spec.default_factory()
+            if value == [] != default:
+                raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={default}")
 
 
 @dataclass
 class LayersConfig(AnalysisSettings):
     """Settings of analysis=layers; see `esd.analysis.layers`."""
+
+    analysis = "layers"
 
     prompts: list[str] = option(
         [
@@ -55,6 +73,7 @@ class LayersConfig(AnalysisSettings):
 
     def check(self) -> None:
         """Raises UserError for prompts without counterpart, or for more pictures of windows than there are."""
+        super().check()
         for name in ("other_things", "other_styles"):
             told = getattr(self, name)
             if len(told) != len(self.prompts):
@@ -73,6 +92,8 @@ class LayersConfig(AnalysisSettings):
 class AttentionConfig(AnalysisSettings):
     """Settings of analysis=attention; see `esd.analysis.attention`."""
 
+    analysis = "attention"
+
     prompts: list[str] = option(
         ["a cat and a rose", "a guitar and a pizza"], "what pictures are edited from; two things for a judge of scenes"
     )
@@ -87,6 +108,9 @@ class AttentionConfig(AnalysisSettings):
     pictures: int = option(8, "of each prompt, each with its own seed", at_least=1)
     where: str | None = option(None, "attentions whose maps are shown and edited; null is all that read the text")
     resolution: int | None = option(8, "edge of the maps shown, in image tokens; null is the largest", at_least=1)
+    heads: str | None = option(
+        None, "the attention shown head by head; null is the one that tells the sides of words apart best"
+    )
     cross_replace: float = option(
         0.8, "share of the steps, from the first, in which attention to the text is replaced", above=0, at_most=1
     )
@@ -99,6 +123,7 @@ class AttentionConfig(AnalysisSettings):
 
     def check(self) -> None:
         """Raises UserError for prompts without counterpart, or of which nothing, or not word for word, differs."""
+        super().check()
         for name in ("replaced", "refined"):
             if len(told := getattr(self, name)) != len(self.prompts):
                 raise UserError(
@@ -117,6 +142,8 @@ class AttentionConfig(AnalysisSettings):
 @dataclass
 class WalkthroughConfig(AnalysisSettings):
     """Settings of analysis=walkthrough; see `esd.analysis.walkthrough`."""
+
+    analysis = "walkthrough"
 
     prompt: str = option("a cat in the mosaic style", "what is drawn")
     other: str = option("a dog in the watercolor style", "what pictures go on under, and what the prompt is mixed with")
@@ -148,6 +175,7 @@ class WalkthroughConfig(AnalysisSettings):
 
     def check(self) -> None:
         """Raises UserError for words that the prompts do not hold, or a sampler of another kind."""
+        super().check()
         if len(self.words) != 2:
             raise UserError(f"walkthrough.words={self.words}: allowed: two words, such as [cat, dog]")
         for name, prompt in (("prompt", self.prompt), *(("elsewhere", prompt) for prompt in self.elsewhere)):
@@ -162,6 +190,8 @@ class WalkthroughConfig(AnalysisSettings):
 class RepresentationsConfig(AnalysisSettings):
     """Settings of analysis=representations; see `esd.analysis.representations`."""
 
+    analysis = "representations"
+
     prompts: list[str] = option(
         [
             "a cat in the flat style", "a cat in the watercolor style", "a dog in the flat style",
@@ -170,7 +200,9 @@ class RepresentationsConfig(AnalysisSettings):
         "one picture each, which the model is then shown",
     )  # fmt: skip
     positions: list[str] = option(
-        ["mid_block", "up_blocks[1]"], "where representations are taken: modules by path, or selections such as up[1]"
+        [],
+        "where representations are taken: modules by path, or selections such as up[1]; [] is the middle of the model, "
+        "and half way from there on",
     )
     noises: int = option(100, "that the spread is taken over", at_least=2)
     channel_steps: list[int] = option(
@@ -186,6 +218,8 @@ class RepresentationsConfig(AnalysisSettings):
 @dataclass
 class ErasureConfig(AnalysisSettings):
     """Settings of analysis=erasure; see `esd.analysis.erasure`."""
+
+    analysis = "erasure"
 
     target: list[str] = option([], "prompts that ask for what was erased; [] takes those of the model's vocabulary")
     retained: list[str] = option([], "prompts that should be left alone; [] takes those of the model's vocabulary")

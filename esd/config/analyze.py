@@ -71,8 +71,6 @@ class AnalyzeConfig:
             for name, value, _ in fields_of(getattr(self, analysis), f"{analysis}."):
                 if analysis != own and value != defaults[name]:
                     raise UserError(f"{name}={value} says nothing to analysis={own}; set analysis={analysis}")
-                if analysis == own and value == [] != defaults[name]:
-                    raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={defaults[name]}")
         self.settings.check()
 
     def run_path(self) -> Path:

@@ -32,9 +32,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def check_ranges(config: Any) -> None:
-    """Raises UserError for the first field below `config` whose value breaks its own rule."""
-    for name, value, spec in fields_of(config):
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raises UserError for the first field below `config`, named behind `prefix`, whose value breaks its own rule."""
+    for name, value, spec in fields_of(config, prefix):
         one_of, rule = spec.metadata.get("one_of"), spec.metadata.get("rule", {})
         if one_of and value is not None and value not in one_of:
             example = spec.default or "null"

@@ -82,6 +82,7 @@ class Family(ABC):
         absent: roles that this architecture has not, with what to say instead.
         time_unit: times of the scheduler's in a time of 1 as the denoiser is told it.
         text_first: whether text tokens stand before image tokens where joint attention sees both.
+        segments: what the lists of `token_spans` are called, where there are several.
         stacks_passes: whether the stock pipeline evaluates null prompt and prompt in one batch, in this order; else
             it calls the denoiser for the prompt, and for the null prompt after it.
         dtype: floating-point type of the base's denoiser.
@@ -95,6 +96,7 @@ class Family(ABC):
     absent: ClassVar[Mapping[str, str]] = {}
     time_unit: ClassVar[float] = 1.0
     text_first: ClassVar[bool] = True
+    segments: ClassVar[tuple[str, ...]] = ("",)
     stacks_passes: ClassVar[bool] = True
 
     guidance: Guidance

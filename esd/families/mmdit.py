@@ -138,6 +138,7 @@ class StableDiffusion3(FlowFamily):
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_3",)  # the pipeline reads zeros for T5
     text_first: ClassVar[bool] = False
+    segments: ClassVar[tuple[str, ...]] = ("CLIP", "T5")
     aliases: ClassVar[Mapping[str, str]] = {"attn": "joint", "attn2": "self"}
     absent: ClassVar[Mapping[str, str]] = {"cross": _NO_CROSS}
     presets: ClassVar[Mapping[str, Preset]] = {

@@ -37,11 +37,12 @@ Steps = float | tuple[int, int] | tuple[float, float]  # a float is the share of
 
 
 class MapKey(NamedTuple):
-    """Of what a map is: a place and a step, unless these are averaged; a size."""
+    """Of what a map is: a place, a step and a head, unless these are averaged; a size."""
 
     place: str | None
     step: int | None
     grid: tuple[int, int]
+    head: int | None = None
 
 
 @dataclass
@@ -71,6 +72,11 @@ class Maps:
         """Labels of the attentions that there are maps of, where they were kept apart."""
         return list(dict.fromkeys(key.place for key in self.sums if key.place is not None))
 
+    @property
+    def heads(self) -> list[int]:
+        """Heads that there are maps of, where they were kept apart."""
+        return sorted({key.head for key in self.sums if key.head is not None})
+
     def clear(self) -> None:
         """Forgets all."""
         self.sums.clear()
@@ -82,8 +88,8 @@ class Maps:
         self.sums[key] = self.sums[key] + summed if key in self.sums else summed
         self.counts[key] = self.counts.get(key, 0) + maps.shape[1]
 
-    def mean(self, step: int | None = None, place: str | None = None) -> Tensor:
-        """(rows, tokens, h, w): the mean over heads and, unless one is named, over steps and places.
+    def mean(self, step: int | None = None, place: str | None = None, head: int | None = None) -> Tensor:
+        """(rows, tokens, h, w): the mean over steps, places and heads, unless one is named.
 
         Maps of several sizes are resized to the largest, which leaves their sum over tokens as it is.
 
@@ -91,11 +97,18 @@ class Maps:
             UserError: there are none.
         """
         found = {
-            key: kept for key, kept in self.sums.items() if step in (None, key.step) and place in (None, key.place)
+            key: kept
+            for key, kept in self.sums.items()
+            if step in (None, key.step) and place in (None, key.place) and head in (None, key.head)
         }
         if not found:
-            told = f"steps {self.steps}, places {', '.join(self.places) or 'averaged'}" if self.sums else "none at all"
-            raise UserError(f"no attention maps of step {step}, place {place}; there are: {told}")
+            told = (
+                f"steps {self.steps}, places {', '.join(self.places) or 'averaged'}, heads {self.heads or 'averaged'}"
+            )
+            raise UserError(
+                f"no attention maps of step {step}, place {place}, head {head}; there are: "
+                f"{told if self.sums else 'none at all'}"
+            )
         size = max((key.grid for key in found), key=lambda grid: grid[0] * grid[1])
         total = torch.stack([_resized(kept, size) for kept in found.values()]).sum(0)
         return total / sum(self.counts[key] for key in found)
@@ -113,6 +126,7 @@ class AttentionMaps(AttentionOp):
         resolution: edge of the maps that are kept, in image tokens; other sites' are left out. None keeps all.
         by_place: whether to keep sites apart.
         by_step: whether to keep steps apart.
+        by_head: whether to keep heads apart.
         max_gib: most memory that maps may take.
         maps: what was kept; rows are those that the op is confined to.
     """
@@ -120,6 +134,7 @@ class AttentionMaps(AttentionOp):
     resolution: int | None = None
     by_place: bool = False
     by_step: bool = True
+    by_head: bool = False
     max_gib: float = 2.0
     maps: Maps = field(init=False, compare=False, repr=False, default_factory=Maps)
     _seen: set[tuple[int, int]] = field(init=False, compare=False, repr=False, default_factory=set)
@@ -140,7 +155,10 @@ class AttentionMaps(AttentionOp):
         if self.resolution in (None, max(attention.layout.grid)):
             maps = token_maps(attention, call.positions)
             place, step = call.site.label if self.by_place else None, call.moment.step if self.by_step else None
-            self.maps.add(MapKey(place, step, attention.layout.grid), maps)
+            key = MapKey(place, step, attention.layout.grid)
+            heads = [(key._replace(head=attention.first + i), maps[:, [i]]) for i in range(maps.shape[1])]
+            for named, part in heads if self.by_head else [(key, maps)]:
+                self.maps.add(named, part)
         if self.maps.gib > self.max_gib:
             raise UserError(
                 f"AttentionMaps: maps of {self.where!r} take more than max_gib={self.max_gib:g}; give a resolution, "

@@ -65,6 +65,7 @@ class Attention:
         mask: added to Q Kᵀ scale, float32, as (b, heads, queries, keys) or what broadcasts to it; None for none.
         scale: of Q Kᵀ.
         layout: see `Layout`.
+        first: number of the first of these heads.
     """
 
     query: Tensor
@@ -73,6 +74,7 @@ class Attention:
     mask: Tensor | None
     scale: float
     layout: Layout
+    first: int = 0
     _now: dict[int, Tensor] = field(default_factory=dict)  # row to its probabilities
     _changed: set[int] = field(default_factory=set)
 
@@ -181,7 +183,9 @@ class Interception(TorchFunctionMode):
         parts = []
         for heads in _portions(query, key):
             masked = mask[:, heads] if mask is not None and mask.shape[1] > 1 else mask
-            attention = Attention(query[:, heads], key[:, heads], value[:, heads], masked, factor, arranged)
+            attention = Attention(
+                query[:, heads], key[:, heads], value[:, heads], masked, factor, arranged, heads.start
+            )
             listener(attention)
             parts.append(attention.output(own[:, heads]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

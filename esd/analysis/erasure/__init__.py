@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from esd import checkpoint
+from esd.analysis.begin import analysis
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 from esd.evaluation.pixels import images_of
@@ -34,6 +35,7 @@ from .locate import Difference, Part
 from .restore import Restored, Restorer
 
 
+@analysis
 def analyse(
     subject: Subject,
     results: Results,

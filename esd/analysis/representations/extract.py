@@ -28,7 +28,7 @@ from torch.nn import functional
 from esd import seeding
 from esd.errors import UserError
 from esd.families import Family
-from esd.interventions import Record, Recording, Site, attach, resolve, sample
+from esd.interventions import Record, Recording, Site, attach, layers, resolve, sample
 from esd.trajectory import first_stages
 
 Representations = dict[str, Tensor]  # position to (steps or noises, c, h, w), float32 on the CPU
@@ -181,6 +181,19 @@ def site_of(family: Family, position: str) -> Site:
             if isinstance(module, nn.ModuleList) or name.endswith("_block")
         ]
         raise UserError(f"position {position!r}: {error}; modules of this model: {', '.join(blocks)}") from None
+
+
+def usual_positions(family: Family) -> list[str]:
+    """Where representations are taken unless somebody says otherwise: in the middle, and half way from there on.
+
+    The middle block and the second of the up blocks of a UNet; of a transformer the blocks that end the first half and
+    the third quarter.
+    """
+    every = layers(family)
+    if any(site.stack == "mid" for site in every):
+        return ["mid_block", "up_blocks[1]"]
+    ends = [(len(every) * share + 3) // 4 - 1 for share in (2, 3)]
+    return list(dict.fromkeys(every[end].expression for end in ends))
 
 
 def check_time(family: Family, step: float) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from esd.analysis.begin import analysis
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 
 from . import measures, study_figures
-from .extract import check_time, site_of
+from .extract import check_time, site_of, usual_positions
 
 
+@analysis
 def analyse(
     subject: Subject,
     results: Results,
@@ -34,7 +36,7 @@ def analyse(
         subject: the model.
         results: gets tables and figures.
         prompts: one picture each, each with its own seed.
-        positions: see `extract`.
+        positions: see `extract`; none for `extract.usual_positions`.
         noises: that spread is taken over.
         channel_steps: training times of the channels' sizes.
         histogram_step: training time of the histogram.
@@ -44,6 +46,7 @@ def analyse(
     Raises:
         UserError: no such position, or a time that there is not.
     """
+    positions = positions or usual_positions(subject.family)
     for position in positions:
         site_of(subject.family, position)
     for step in (*channel_steps, histogram_step, map_step, *spread_steps):

@@ -170,7 +170,7 @@ def show_over_time(study: Study, over_time: Measured, steps: Sequence[int], nois
         curves = {study.named(v, p): a[part].mean(0) for v, _, p, a in study.each(over_time)}
         band = {study.named(v, p): (a[part].min(0), a[part].max(0)) for v, _, p, a in study.each(over_time)}
         figures.lines(ax, list(steps), curves, x_name=TIME, y_name=y_name, spread=band)
-        ax.set_ylim(bottom=0)
+        figures.from_zero(ax)
     for version, _, position, (far, relative) in study.each(over_time):
         told.append(
             f"{study.named(version, position)}: {far[:, 0].mean():.3g} at t = {steps[0]}, {relative[:, 0].mean():.0%} "

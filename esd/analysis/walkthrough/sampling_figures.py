@@ -91,9 +91,7 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
             dashes = ("-", "--", "-.", ":")[number % 4]
             mean = curve[:, 2:].mean(1)
             ax.plot(curve[:, 1], mean, dashes, marker="o", color=figures.COLOURS[number], label=name)
-            nearest = f"{mean[-1]:.2g} with {curve[-1, 1]:.0f} calls"
-            told.append(f"{name} {mean[0]:.2g} with {curve[0, 1]:.0f} calls, {nearest}, "
-                        f"falling as calls^-{solvers.order(curve[:, 1].tolist(), mean.tolist()):.1f}")  # fmt: skip
+            told.append(f"{name} {falling(curve[:, 1], mean)}")
         ax.set(xscale="log", yscale="log", xlabel="calls of the denoiser", ylabel="error of x_0 (root mean square)")
         for axis in (ax.xaxis, ax.yaxis):
             figures.plain_numbers(axis)
@@ -103,6 +101,13 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
         f"Mean error over {len(seeds)} pictures, against {which} in {solvers.REFERENCE_STEPS} steps, of latents "
         f"whose own deviation is {scale:.2g}: {'; '.join(told)}."
     ))  # fmt: skip
+
+
+def falling(calls: np.ndarray, found: np.ndarray) -> str:
+    """How an error (n,) falls with the calls (n,) of the denoiser; from one number of calls nothing follows."""
+    ends = dict.fromkeys(f"{error:.2g} with {count:.0f} calls" for count, error in zip(calls, found, strict=True))
+    text, power = ", ".join(list(ends)[:: max(1, len(ends) - 1)]), solvers.order(calls.tolist(), found.tolist())
+    return text if power is None else f"{text}, falling as calls^{-power:.1f}"
 
 
 def show_strips(walk: Walk) -> None:

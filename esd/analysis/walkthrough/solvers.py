@@ -121,7 +121,13 @@ def errors(ends: Tensor, reference: Tensor) -> Tensor:
     return (ends - reference).square().mean(dim=(1, 2, 3)).sqrt()
 
 
-def order(calls: Sequence[float], found: Sequence[float]) -> float:
-    """How fast an error falls with the calls of the denoiser: p of error ~ calls^-p, by least squares in logarithms."""
-    x, y = np.log(np.array(calls, float)), np.log(np.array(found, float))
+def order(calls: Sequence[float], found: Sequence[float]) -> float | None:
+    """How fast an error falls with the calls of the denoiser: p of error ~ calls^-p, by least squares in logarithms.
+
+    Errors of nothing, as of the reference itself, are left out; None where fewer than two numbers of calls remain.
+    """
+    pairs = [(np.log(count), np.log(error)) for count, error in zip(calls, found, strict=True) if error > 0]
+    if len({x for x, _ in pairs}) < 2:
+        return None
+    x, y = np.array(pairs).T
     return float(-np.polyfit(x, y, 1)[0])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from esd.analysis.begin import analysis
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 from esd.families.unet import UNetFamily
 
 from . import sampling_figures, word_figures
 from .walker import Walk
+from .words import pixels
 
 
+@analysis
 def analyse(
     subject: Subject,
     results: Results,
@@ -59,6 +62,8 @@ def analyse(
     if isinstance(family, UNetFamily):
         for word in words:
             family.embeddings_of(word)
+        for file in drawings:
+            pixels(file, (8, 8))  # told now, not after all other stations
     with subject.wearing(subject.versions[-1]):
         walk = Walk(subject, results, prompt, other, subject.seeds(pictures))
         sampling_figures.show_schedule(walk)

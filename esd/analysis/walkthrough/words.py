@@ -155,18 +155,22 @@ def drawings(subject: Subject, files: Sequence[str]) -> Tensor:
     Raises:
         UserError: one cannot be read.
     """
-    return subject.family.encode_images(torch.stack([_pixels(subject, file) for file in files]))
-
-
-def _pixels(subject: Subject, file: str) -> Tensor:
-    """(3, H, W) in [0, 1]; what is transparent is white."""
     family = subject.family
     height, width = (edge * family.pipe.vae_scale_factor for edge in family.decoded_shape()[1:])
+    return family.encode_images(torch.stack([pixels(file, (width, height)) for file in files]))
+
+
+def pixels(file: str, size: tuple[int, int]) -> Tensor:
+    """(3, height, width) in [0, 1] of a picture, scaled to (width, height); what is transparent is white.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with Image.open(Path(file)) as opened:
             layered = opened.convert("RGBA")
     except OSError as error:
-        raise UserError(f"drawings: {file!r} cannot be read ({error}); give files of pictures") from None
+        raise UserError(f"walkthrough.drawings: {file!r} cannot be read ({error}); give files of pictures") from None
     paper = Image.new("RGBA", layered.size, "white")
-    flat = Image.alpha_composite(paper, layered).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    flat = Image.alpha_composite(paper, layered).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(flat)).permute(2, 0, 1).float() / 255
