@@ -119,6 +119,22 @@ def test_mistakes_are_told_before_anything_is_written(command: Command, argument
     assert not (command.folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["erasure", "erasure.windows=5", "num_steps=4"], "erasure.windows=5: allowed: 1 to num_steps=4"),
+        (["attention", "attention.shares=[0.5,0.1]", "num_steps=4"], "attention.shares: 0.1 of num_steps=4 is no step"),
+        (["attention", "num_steps=1"], "attention.self_replace: 0.4 of num_steps=1 is no step"),
+    ],
+)
+def test_parts_of_the_steps_that_hold_none_are_refused(command: Command, arguments: list[str], told: str) -> None:
+    ended = command(
+        "analyze", "model.path=base", "device=cpu", "run_dir=out", f"analysis={arguments[0]}", *arguments[1:]
+    )
+    assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert not (command.folder / "out").exists()
+
+
 def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
     made: list[int] = []
 

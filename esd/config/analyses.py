@@ -16,6 +16,9 @@ class AnalysisSettings:
     def check(self) -> None:
         """Raises UserError for values that do not fit each other."""
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError for parts of the sampling steps that hold none of so many."""
+
 
 @dataclass
 class LayersConfig(AnalysisSettings):
@@ -113,6 +116,16 @@ class AttentionConfig(AnalysisSettings):
                     f"attention.replaced: {other!r} for {prompt!r}; allowed: as many words, of which some differ"
                 )
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError for a share that is not half a step."""
+        own = ("cross_replace", "self_replace", "shares")
+        told = {name: value if isinstance(value := getattr(self, name), list) else [value] for name in own}
+        for name, share in ((name, share) for name, shares in told.items() for share in shares):
+            if not round(share * num_steps):
+                raise UserError(
+                    f"attention.{name}: {share:g} of num_steps={num_steps} is no step; set a larger share or more steps"
+                )
+
 
 @dataclass
 class WalkthroughConfig(AnalysisSettings):
@@ -194,3 +207,10 @@ class ErasureConfig(AnalysisSettings):
     inputs: int = option(
         40, "of each probe that are of the concept; as many others, half of all for the test", at_least=4
     )
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError for more windows than steps."""
+        if self.windows > num_steps:
+            raise UserError(
+                f"erasure.windows={self.windows}: allowed: 1 to num_steps={num_steps}, so that each holds a step"
+            )
