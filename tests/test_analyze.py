@@ -56,8 +56,8 @@ def test_a_run_holds_the_settings_of_its_own_analysis_and_whatever_the_others_ar
     assert told["layers"]["pictures"] == 1 and not {*ANALYSES} - {"layers"} & {*told}
     file.write_text(yaml.safe_dump(told | {"attention": {"pictures": 99}, "erasure": {"gone": 1}}))
     assert command("analyze", *FAST).code == 0, "as a version that wrote all of them left it"
-    ended = command("analyze", *FAST[:4], "analysis=attention")
-    assert ended.code == 2 and "analysis.name=layers there, attention here" in ended.err
+    ended = command("analyze", *FAST[:4], "analysis=representations")
+    assert ended.code == 2 and "analysis.name=layers there, representations here" in ended.err
 
 
 def test_another_model_in_the_same_place_is_refused(command: Command) -> None:

@@ -48,8 +48,8 @@ def _read(text: str) -> SiteOp:
     for name in settings:
         if name.strip() == "rows":
             raise UserError(
-                f"interventions: {text!r} sets rows, which are of one batch, and a run draws many; leave rows and give "
-                "fewer prompts, or use esd.interventions.sample in Python"
+                f"interventions: {text!r} sets rows, which are of one batch, and a run draws many; leave rows, "
+                "or use esd.interventions.sample in Python"
             )
         if name.strip() not in allowed:
             raise UserError(f"interventions: {text!r} sets {name.strip()!r}; allowed: {', '.join(allowed)}")
