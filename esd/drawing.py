@@ -119,17 +119,13 @@ def plan(
     """What is drawn into the folders `base` and `erased` of a run; also says what the text encoder does not read.
 
     Raises:
-        UserError: the model takes no such number of steps or size of picture, the weights are of another base, or a
-            folder holds other images.
+        UserError: the model takes no such number of steps or size of picture, an intervention does nothing, the weights
+            are of another base, or a folder holds other images.
     """
     from esd import checkpoint
     from esd.evaluation import generate
-    from esd.interventions.sites import describe
-    from esd.interventions.written import read
 
     family.scheduler(config.num_steps)  # tells whether it knows so many
-    for text, op in zip(config.interventions, read(config.interventions), strict=True):
-        announce(f"{text}: {describe(op.sites(family))}")
     generate.check_sizes(family, rows)
     if found:
         checkpoint.check(family.pipe, found)
@@ -152,7 +148,30 @@ def plan(
         )
 
     plans = {"base": images(run / "base", None)}
+    announce_sites(config, family, {image.guidance for image in plans["base"].images})
     return plans | ({"erased": images(run / "erased", found.path)} if found else {})
+
+
+def announce_sites(config: GenerateConfig, family: Family, guidances: set[float]) -> None:
+    """Prints where each intervention takes hold.
+
+    Args:
+        config: that asks for them.
+        family: of the model.
+        guidances: classifier-free guidance of the images.
+
+    Raises:
+        UserError: one takes hold nowhere, or would change nothing.
+    """
+    from esd.interventions.sampling import planned
+    from esd.interventions.sites import describe
+    from esd.interventions.written import read
+
+    for text, op in zip(config.interventions, read(config.interventions), strict=True):
+        sites = op.sites(family)
+        for guidance in sorted(guidances):
+            op.fits(planned(family, config.num_steps, guidance, [""]), sites)
+        announce(f"{text}: {describe(sites)}")
 
 
 def announce_cuts(cut: dict[str, str]) -> None:

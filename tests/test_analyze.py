@@ -61,8 +61,8 @@ def test_a_run_holds_the_settings_of_its_own_analysis_and_whatever_the_others_ar
     file.write_text(yaml.safe_dump(told | {"attention": {"pictures": 99}, "erasure": {"gone": 1}}))
     planned = command("analyze", *FAST, "plan_only=true")
     assert planned.code == 0, "as a version that wrote all of them left it"
-    ended = command("analyze", *FAST[:4], "analysis=attention")
-    assert ended.code == 2 and "analysis.name=layers there, attention here" in ended.err
+    ended = command("analyze", *FAST[:4], "analysis=representations")
+    assert ended.code == 2 and "analysis.name=layers there, representations here" in ended.err
 
 
 def test_a_model_and_a_checkpoint_may_move_and_others_in_their_place_are_refused(command: Command) -> None:
@@ -111,6 +111,22 @@ def test_a_plan_computes_nothing(command: Command) -> None:
 )
 def test_mistakes_are_told_before_anything_is_written(command: Command, arguments: list[str], told: str) -> None:
     ended = command("analyze", *FAST, *arguments)
+    assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert not (command.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["erasure", "erasure.windows=5", "num_steps=4"], "erasure.windows=5: allowed: 1 to num_steps=4"),
+        (["attention", "attention.shares=[0.5,0.1]", "num_steps=4"], "attention.shares: 0.1 of num_steps=4 is no step"),
+        (["attention", "num_steps=1"], "attention.self_replace: 0.4 of num_steps=1 is no step"),
+    ],
+)
+def test_parts_of_the_steps_that_hold_none_are_refused(command: Command, arguments: list[str], told: str) -> None:
+    ended = command(
+        "analyze", "model.path=base", "device=cpu", "run_dir=out", f"analysis={arguments[0]}", *arguments[1:]
+    )
     assert ended.code == 2 and told in ended.err and len(ended.err.splitlines()) == 1, ended.err
     assert not (command.folder / "out").exists()
 

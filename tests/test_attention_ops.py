@@ -17,6 +17,7 @@ from esd.interventions import (
     AttentionMaps,
     AttentionOp,
     Call,
+    LocalBlend,
     Record,
     Reweight,
     Skip,
@@ -90,10 +91,10 @@ def test_attention_of_itself_changes_nothing(name: str) -> None:
     for op in (
         AttentionEdit(WHOLE[name], source=Source(A, 0), **both),
         AttentionEdit(WHOLE[name], source=Source(A, 0), how="refine", **both),
-        AttentionEdit(WHOLE[name], source=0, **both),
-        Reweight(TEXT[name], weights={"cat": 1.0, "the photo": 1.0}),
     ):
         assert close(drawn(name, op), drawn(name)), op
+    twice, half = (Reweight(TEXT[name], weights={"cat": w, "the photo": 1 / w}) for w in (2.0, 0.5))
+    assert close(drawn(name, twice, half), drawn(name))
 
 
 @every
@@ -131,7 +132,8 @@ def test_self_attention_of_large_maps_is_left() -> None:
         drawn("sd2-v", AttentionEdit("self", **some, self_tokens=64)),
         drawn("sd2-v", AttentionEdit("self", **some, self_tokens=256)),
     )
-    assert close(drawn("sd2-v", AttentionEdit("self", **some, self_tokens=1)), drawn("sd2-v"))
+    with pytest.raises(UserError, match=r"self_tokens=1\): .* has 16 image tokens or more.* allowed: from 16"):
+        drawn("sd2-v", AttentionEdit("self", **some, self_tokens=1))
     assert not close(*sizes) and not close(sizes[0], drawn("sd2-v"))
 
 
@@ -208,7 +210,7 @@ def test_attention_that_does_not_come_by_is_an_error() -> None:
     family.denoiser.set_attn_processor(AttnProcessor())
     with pytest.raises(UserError, match=r"called torch's scaled_dot_product_attention 0 times.*set_default_attn"):
         drawn("sd1", AttentionMaps("cross"), family=family)
-    drawn("sd1", AttentionMaps("cross", steps=(7, 9)), Skip("cross"), family=family)  # nobody listens
+    drawn("sd1", Skip("cross"), family=family)  # nobody listens
 
 
 @pytest.mark.parametrize("name", ["sd1", "flux-dev", "sd3.5"])
@@ -255,7 +257,23 @@ BAD: dict[str, Any] = {
     "reads no text": lambda: AttentionMaps("self"),
     "an attention as a whole": lambda: AttentionMaps("ff"),
     "allowed: cond, uncond": lambda: AttentionMaps("cross", on="both"),
-    "has maps of 8": lambda: AttentionMaps("cross", resolution=16),
+    "has maps of 8, 4; allowed: one of these": lambda: AttentionMaps("cross", resolution=77),
+    "no site is given": lambda: AttentionMaps([]),
+    "is no attention": lambda: Recompute(resolve(shared("sd1"), "ff")),
+    r"Reweight\(weights\['cat'\]=nan": lambda: Reweight("cross", weights={"cat": float("nan")}),
+    r"cross_replace_steps=.* holds none of the 3": lambda: AttentionEdit(
+        "cross", source=Source(B, 0), cross_replace_steps=0.1
+    ),
+    r"cross_replace_steps=\(7, 9\) reaches beyond": lambda: AttentionEdit(
+        "cross", source=Source(B, 0), cross_replace_steps=(7, 9)
+    ),
+    r"word_steps\['cat'\]=\(7, 9\) reaches": lambda: AttentionEdit(
+        "cross", source=Source(B, 0), word_steps={"cat": (7, 9)}
+    ),
+    "cross_replace_steps=nan": lambda: AttentionEdit("cross", source=Source(B, 0), cross_replace_steps=float("nan")),
+    "'horse' is not in the prompt": lambda: AttentionEdit(
+        "cross", source=Source(B, 0), word_steps={"horse": 0.5}, steps=(2, 3)
+    ),
     "max_gib=1e-09": lambda: AttentionMaps("cross", max_gib=1e-9),
     "give self_replace_steps": lambda: AttentionEdit("cross + self", source=Source(B, 0)),
     "names no self-attention": lambda: AttentionEdit("cross", source=Source(B, 0), self_replace_steps=0.5),
@@ -265,7 +283,7 @@ BAD: dict[str, Any] = {
     "has 5 words, 'a cat' has 2|has 2 words": lambda: AttentionEdit("cross", source=Source("a cat", 0)),
     "share no word": lambda: AttentionEdit("cross", source=Source("of", 0), how="refine"),
     "is not in the prompt": lambda: Reweight("cross", weights={"dog": 2.0}),
-    "changes nothing; give weights": lambda: Reweight("cross", weights={}),
+    "changes nothing; give others": lambda: Reweight("cross", weights={}),
 }
 
 
@@ -273,6 +291,55 @@ BAD: dict[str, Any] = {
 def test_what_cannot_work_is_refused_in_words(message: str) -> None:
     with pytest.raises(UserError, match=message):
         drawn("sd1", BAD[message]())
+
+
+AHEAD: dict[str, Any] = {  # what only a sampling tells, not the op nor the model
+    "resolution=77": lambda: AttentionMaps("cross", resolution=77),
+    "is not in the prompt": lambda: Reweight("cross", weights={"dog": 2.0}),
+    "has 2 words": lambda: AttentionEdit("cross", source=Source("a cat", 0), cross_replace_steps=(1, 3)),
+    "holds none": lambda: AttentionEdit("cross", source=Source(B, 0), cross_replace_steps=0.1),
+    "none of the words horse": lambda: LocalBlend("cross", source=Source(B, 0), words=["horse"]),
+    "LocalBlend.*has maps of": lambda: LocalBlend("cross", source=Source(B, 0), words=["cat", "dog"], resolution=77),
+}
+
+
+@pytest.mark.parametrize("message", AHEAD)
+def test_what_fits_no_sampling_is_refused_before_it_begins(message: str) -> None:
+    family, calls = shared("sd1"), list[int]()
+    handle = family.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(UserError, match=message) as told:
+        drawn("sd1", AHEAD[message]())
+    handle.remove()
+    assert not calls and len(str(told.value)) < 300
+
+
+def test_a_long_expression_does_not_fill_the_message() -> None:
+    where = " + ".join(site.expression for site in resolve(shared("sd1"), "cross", kind=is_attention))
+    for op in (AttentionMaps(where, max_gib=1e-9), AttentionMaps(where, resolution=77)):
+        with pytest.raises(UserError) as told:
+            drawn("sd1", op)
+        assert len(where) > 150 and len(str(told.value)) < 280
+
+
+@every
+def test_the_size_of_maps_is_known_before(name: str) -> None:
+    """Of every place, at two sizes of picture; under a stock pipeline as under `sample`."""
+    family = shared(name)
+    seen: dict[str, set[tuple[tuple[int, int], tuple[int, int]]]] = {}
+
+    class Grids(AttentionOp):
+        def attend(self, call: Call, attention: Attention) -> None:
+            grids = call.sampling.grid(call.site), attention.layout.grid
+            seen.setdefault(call.site.label, set()).add(grids)
+
+    drawn(name, Grids(WHOLE[name]), num_steps=1)
+    edge = family.latent_shape()[1] * family.pixels_per_latent
+    with attach(family, Grids(WHOLE[name])):
+        family.pipe(
+            prompt=A, num_inference_steps=1, height=edge // 2, width=edge, output_type="latent", **_length(name)
+        )
+    assert all(known == found for grids in seen.values() for known, found in grids)
+    assert all(len(grids) == 2 for grids in seen.values())
 
 
 def test_words_are_refused_where_nobody_told_the_prompt() -> None:

@@ -322,8 +322,15 @@ def test_interventions_change_base_and_erased_and_are_remembered(command: Comman
     ("text", "message"),
     [
         ("Skip", "allowed: Skip, Scale"),
-        ("Patch(mid)", "allowed: Skip, Scale"),
-        ("Skip(mid, step=(0, 1))", "sets 'step'; allowed: steps, on, rows"),
+        ("Patch(mid)", "use esd.interventions.sample in Python"),
+        ("Skip(mid, step=(0, 1))", "sets 'step'; allowed: steps, on"),
+        ("Skip(mid, rows=(9,))", "sets rows, which are of one batch"),
+        ("Skip(mid, steps=hello)", "steps='hello': allowed: numbers such as"),
+        ("Skip(cross, steps=(30, 40))", "steps=(30, 40) reaches beyond the 2 steps"),
+        ("Skip(cross, steps=(0.0, 0.1))", "holds none of the 2 steps"),
+        ("Scale(mid, activation=nan)", "Scale(activation='nan'): allowed: a finite number"),
+        ("Scale(mid, activation=hello)", "Scale(activation='hello'): allowed: a finite number"),
+        ("Scale(mid, activation=1e999)", "Scale(activation=inf): allowed: a finite number"),
         ("Skip(mid, steps=import os)", "is no value"),
         ("Skip(mid, steps=(3, 1))", "allowed: numbers such as"),
         ("Skip(nowhere)", "matched nothing"),
@@ -331,8 +338,18 @@ def test_interventions_change_base_and_erased_and_are_remembered(command: Comman
     ],
 )
 def test_an_intervention_that_cannot_be_read_is_refused(command: Command, text: str, message: str) -> None:
-    told = command("generate", "prompts=[a cat]", "model.path=base", "num_steps=2", f'interventions=["{text}"]')
-    assert told.code == 2 and message in told.err, told.err
+    drawn = ("prompts=[a cat]", "model.path=base", "num_steps=2", "device=cpu", "run_dir=out")
+    told = command("generate", *drawn, f'interventions=["{text}"]')
+    assert told.code == 2 and message in told.err and len(told.err.splitlines()) == 1, told.err
+    assert not (command.folder / "out").exists()
+
+
+def test_an_intervention_on_a_null_prompt_that_some_image_lacks_is_refused(command: Command) -> None:
+    (command.folder / "p.csv").write_text("case_number,prompt,evaluation_guidance\n4,a cat,3\n5,a dog,1\n")
+    drawn = ("prompts=p.csv", "model.path=base", "num_steps=2", "device=cpu", "run_dir=out")
+    told = command("generate", *drawn, 'interventions=["Skip(mid, on=uncond)"]')
+    assert told.code == 2 and "the null prompt is not evaluated" in told.err, told.err
+    assert not (command.folder / "out").exists()
 
 
 def test_a_plan_draws_nothing(command: Command) -> None:

@@ -109,8 +109,8 @@ class Knobs:
             )
             found |= {(what, share): (scene.replaced, (op,)) for what, op in zip(("steps", "layers"), ops, strict=True)}
         for weight in self.weights:
-            weighed = Reweight(self.where, weights={scene.swapped[0]: weight})
-            found[("reweight", weight)] = (scene.prompt, () if weight == 1 else (weighed,))
+            weighed = () if weight == 1 else (Reweight(self.where, weights={scene.swapped[0]: weight}),)
+            found[("reweight", weight)] = (scene.prompt, weighed)
         return found
 
 

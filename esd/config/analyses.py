@@ -32,6 +32,9 @@ class AnalysisSettings:
             if value == [] != default:
                 raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={default}")
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError for parts of the sampling steps that hold none of so many."""
+
 
 @dataclass
 class LayersConfig(AnalysisSettings):
@@ -138,6 +141,16 @@ class AttentionConfig(AnalysisSettings):
                     f"attention.replaced: {other!r} for {prompt!r}; allowed: as many words, of which some differ"
                 )
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError for a share that is not half a step."""
+        own = ("cross_replace", "self_replace", "shares")
+        told = {name: value if isinstance(value := getattr(self, name), list) else [value] for name in own}
+        for name, share in ((name, share) for name, shares in told.items() for share in shares):
+            if not round(share * num_steps):
+                raise UserError(
+                    f"attention.{name}: {share:g} of num_steps={num_steps} is no step; set a larger share or more steps"
+                )
+
 
 @dataclass
 class WalkthroughConfig(AnalysisSettings):
@@ -228,3 +241,10 @@ class ErasureConfig(AnalysisSettings):
     inputs: int = option(
         40, "of each probe that are of the concept; as many others, half of all for the test", at_least=4
     )
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError for more windows than steps."""
+        if self.windows > num_steps:
+            raise UserError(
+                f"erasure.windows={self.windows}: allowed: 1 to num_steps={num_steps}, so that each holds a step"
+            )

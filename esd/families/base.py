@@ -74,6 +74,7 @@ class Family(ABC):
         denoiser: the live UNet or transformer.
         prediction_type: "epsilon", "v_prediction" or "flow".
         sample_shape: (c, h, w) of a latent of the model's own size.
+        patch: edge in latents of what becomes one token, so that sides must be multiples of it.
         guidance: "cfg" (two passes when the scale is above 1), "distilled" (one pass, told the scale) or
             "none" (one pass, no scale).
         presets: selections by name.
@@ -104,6 +105,7 @@ class Family(ABC):
     denoiser: nn.Module
     prediction_type: PredictionType
     sample_shape: tuple[int, int, int]
+    patch: int = 1
     dtype: torch.dtype
     device: torch.device
 

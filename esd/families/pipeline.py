@@ -43,7 +43,6 @@ class PipelineFamily(Family):
         denoiser_name: of the pipeline's component that is trained, "unet" or "transformer".
         encoder_names: of its text encoders.
         optional_encoders: those of them that a pipeline may lack.
-        patch: edge in latents of what becomes one token, so that sides must be multiples of it.
         pixels_per_latent: edge in pixels of what becomes one latent.
 
     Args:
@@ -57,7 +56,6 @@ class PipelineFamily(Family):
     denoiser_name: ClassVar[str]
     encoder_names: ClassVar[tuple[str, ...]]
     optional_encoders: ClassVar[tuple[str, ...]] = ()
-    patch: int = 1
 
     @classmethod
     def parts(cls) -> dict[str, bool]:

@@ -9,7 +9,7 @@ from .clock import Moment
 from .graft import Graft
 from .hooks import attach
 from .latents import Guide, LocalBlend
-from .ops import AttentionOp, Call, Latents, Op, SiteOp, Source
+from .ops import AttentionOp, Call, Latents, Op, Sampling, SiteOp, Source
 from .probabilities import Attention
 from .record import Record, Recording
 from .sampling import Drawn, sample
@@ -19,7 +19,7 @@ from .words import positions_of, token_texts
 
 __all__ = [
     "Attention", "AttentionEdit", "AttentionMaps", "AttentionOp", "Call", "CrossSeed", "Drawn", "Graft", "Guide",
-    "InjectText", "Latents", "LocalBlend", "Maps", "Moment", "Op", "Patch", "Record", "Recording", "Reweight", "Scale",
-    "Site", "SiteOp", "Skip", "Source", "Transplant", "attach", "blocks", "layers", "positions_of", "resolve", "sample",
-    "token_texts",
+    "InjectText", "Latents", "LocalBlend", "Maps", "Moment", "Op", "Patch", "Record", "Recording", "Reweight",
+    "Sampling", "Scale", "Site", "SiteOp", "Skip", "Source", "Transplant", "attach", "blocks", "layers",
+    "positions_of", "resolve", "sample", "token_texts",
 ]  # fmt: skip

@@ -15,8 +15,7 @@ Source: prompt-to-prompt (arXiv:2208.01626), google/prompt-to-prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -27,10 +26,10 @@ from torch.nn import functional
 from esd.errors import UserError
 from esd.families import Family
 
-from .clock import Moment, Scope
-from .ops import AttentionOp, Call, Source
+from .clock import Moment, check_range, check_schedule
+from .ops import AttentionOp, Call, Op, Sampling, Source, check_finite
 from .probabilities import Attention
-from .sites import Site
+from .sites import Site, describe
 from .words import Alignment, aligned, positions_of
 
 Steps = float | tuple[int, int] | tuple[float, float]  # a float is the share of all steps, from the first
@@ -137,21 +136,29 @@ class AttentionMaps(AttentionOp):
     by_head: bool = False
     max_gib: float = 2.0
     maps: Maps = field(init=False, compare=False, repr=False, default_factory=Maps)
-    _seen: set[tuple[int, int]] = field(init=False, compare=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         """Raises UserError for both passes at once, whose maps would be averaged."""
         super().__post_init__()
         if self.on == "both":
             raise UserError(f"{type(self).__name__}(on='both'): allowed: cond, uncond; take one op for each")
+        check_finite(self, "max_gib", self.max_gib)
 
     def check(self, site: Site) -> None:
         """Raises UserError for an attention that reads no text."""
         _reads_text(site, self)
 
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; no attention has the resolution."""
+        super().fits(sampling, sites)
+        check_resolution(self, self.resolution, sampling, sites)
+
+    def renew(self) -> None:
+        """Forgets the maps of another sampling."""
+        self.maps.clear()
+
     def attend(self, call: Call, attention: Attention) -> None:
         """Adds the maps; changes nothing."""
-        self._seen.add(attention.layout.grid)
         if self.resolution in (None, max(attention.layout.grid)):
             maps = token_maps(attention, call.positions)
             place, step = call.site.label if self.by_place else None, call.moment.step if self.by_step else None
@@ -161,19 +168,9 @@ class AttentionMaps(AttentionOp):
                 self.maps.add(named, part)
         if self.maps.gib > self.max_gib:
             raise UserError(
-                f"AttentionMaps: maps of {self.where!r} take more than max_gib={self.max_gib:g}; give a resolution, "
+                f"AttentionMaps: maps of {self.told} take more than max_gib={self.max_gib:g}; give a resolution, "
                 "name fewer sites or steps, or raise max_gib"
             )
-
-    @contextmanager
-    def attached(self, family: Family) -> Iterator[None]:
-        """Begins anew; raises UserError where attention was seen, and none of it had the resolution asked for."""
-        self._seen.clear()
-        self.maps.clear()
-        yield
-        if self._seen and not self.maps.sums:
-            sizes = ", ".join(str(max(grid)) for grid in sorted(self._seen, reverse=True))
-            raise UserError(f"AttentionMaps(resolution={self.resolution}): {self.where!r} has maps of {sizes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +202,9 @@ class AttentionEdit(AttentionOp):
         super().__post_init__()
         if self.how not in ("replace", "refine"):
             raise UserError(f"AttentionEdit(how={self.how!r}): allowed: replace, refine")
-        for name in ("cross_replace_steps", "self_replace_steps"):
-            _range(name, getattr(self, name))
-        for word, steps in self.word_steps.items():
-            _range(f"word_steps[{word!r}]", steps)
+        for name, steps in self._ranges():
+            _range(name, steps)
+        check_finite(self, "self_tokens", self.self_tokens)
 
     def sites(self, family: Family) -> list[Site]:
         """The attentions; raises UserError where what is asked for changes nothing at some of them."""
@@ -219,17 +215,45 @@ class AttentionEdit(AttentionOp):
         if selves and not replaced:
             raise UserError(f"AttentionEdit: {selves[0].label} is self-attention; give self_replace_steps, such as 0.4")
         if replaced and not [site for site in found if site.part != "cross"]:
-            raise UserError(f"AttentionEdit: {self.where!r} names no self-attention; leave self_replace_steps=0")
+            raise UserError(f"AttentionEdit: {self.told} names no self-attention; leave self_replace_steps=0")
         asked = [self.cross_replace_steps, *self.word_steps.values()]
         if crosses and not any(map(_some, asked)) and not (replaced and crosses[0].part == "joint"):
             raise UserError(f"AttentionEdit: {crosses[0].label} stays as it is; give cross_replace_steps, such as 0.8")
         return found
 
-    @contextmanager
-    def attached(self, family: Family) -> Iterator[None]:
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; a share of the steps is none of them, a word is not in its prompt, or prompts do not align."""
+        super().fits(sampling, sites)
+        for name, steps in self._ranges():
+            if _some(steps):
+                check_schedule(f"AttentionEdit: {name}", _range(name, steps), sampling.num_steps)
+        if all(site.part == "self" for site in sites):
+            self._refuse_large(sampling, sites)
+            return
+        rows, source = sampling.taking(self)
+        for row in rows:
+            if source is not None:
+                self._aligned(sampling.family, sampling.prompt(source), sampling.prompt(row))
+            for word in self.word_steps:
+                positions_of(sampling.family, sampling.prompt(row), word)
+
+    def renew(self) -> None:
         """Forgets alignments by another family's tokenizer."""
         self._known.clear()
-        yield
+
+    def _refuse_large(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        least = min(height * width for height, width in map(sampling.grid, sites))
+        if least > self.self_tokens:
+            raise UserError(
+                f"AttentionEdit(self_tokens={self.self_tokens}): {describe(sites)} has {least} image tokens or more, "
+                f"so that none is replaced; allowed: from {least}"
+            )
+
+    def _ranges(self) -> Iterator[tuple[str, Steps]]:
+        """Names of the settings that say when something is replaced, and what they are."""
+        yield "cross_replace_steps", self.cross_replace_steps
+        yield "self_replace_steps", self.self_replace_steps
+        yield from ((f"word_steps[{word!r}]", steps) for word, steps in self.word_steps.items())
 
     def attend(self, call: Call, attention: Attention) -> Tensor | None:
         """The probabilities A*, see above."""
@@ -264,10 +288,12 @@ class AttentionEdit(AttentionOp):
         return shares
 
     def _alignment(self, call: Call, i: int) -> Alignment:
-        prompts = call.prompt(call.source[i]), call.prompt(call.positions[i])
-        if prompts not in self._known:
-            self._known[prompts] = aligned(call.family, *prompts, self.how)
-        return self._known[prompts]
+        return self._aligned(call.family, call.prompt(call.source[i]), call.prompt(call.positions[i]))
+
+    def _aligned(self, family: Family, source: str, target: str) -> Alignment:
+        if (source, target) not in self._known:
+            self._known[source, target] = aligned(family, source, target, self.how)
+        return self._known[source, target]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,14 +309,23 @@ class Reweight(AttentionOp):
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UserError without weights."""
+        """Raises UserError without weights other than 1, or for one that is not finite."""
         super().__post_init__()
-        if not self.weights:
-            raise UserError("Reweight(weights={}) changes nothing; give weights, such as {'fluffy': 3.0}")
+        if all(weight == 1 for weight in self.weights.values()):
+            raise UserError(f"Reweight(weights={self.weights}) changes nothing; give others, such as {{'fluffy': 3.0}}")
+        for word, weight in self.weights.items():
+            check_finite(self, f"weights[{word!r}]", weight)
 
     def check(self, site: Site) -> None:
         """Raises UserError for an attention that reads no text."""
         _reads_text(site, self)
+
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; a word is not in its prompt."""
+        super().fits(sampling, sites)
+        for row in sampling.taking(self)[0]:
+            for word in self.weights:
+                positions_of(sampling.family, sampling.prompt(row), word)
 
     def attend(self, call: Call, attention: Attention) -> Tensor | None:
         """The probabilities of image queries times the weights of their keys."""
@@ -306,6 +341,16 @@ def token_maps(attention: Attention, rows: list[int]) -> Tensor:
     """(len(rows), heads, tokens, h, w): how much each image token attends to each text token."""
     layout = attention.layout
     return attention.probabilities(rows)[:, :, layout.image, layout.text].mT.unflatten(-1, layout.grid)
+
+
+def check_resolution(op: Op, resolution: int | None, sampling: Sampling, sites: Sequence[Site]) -> None:
+    """Raises UserError for a resolution that none of an op's maps will have."""
+    sizes = sorted({max(sampling.grid(site)) for site in sites}, reverse=True)
+    if resolution is not None and resolution not in sizes:
+        raise UserError(
+            f"{type(op).__name__}(resolution={resolution}): {describe(sites)} has maps of "
+            f"{', '.join(map(str, sizes))}; allowed: one of these, or None"
+        )
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -326,13 +371,14 @@ def _range(name: str, steps: Steps) -> tuple[int, int] | tuple[float, float]:
     Raises:
         UserError: out of range.
     """
-    low, high = (0.0, float(steps)) if isinstance(steps, (int, float)) else steps
-    fractions = isinstance(low, float) or isinstance(high, float)
-    if not 0 <= low <= high or (fractions and high > 1):
+    if not isinstance(steps, (int, float)):
+        check_range(name, steps)
+        return steps
+    if not 0 <= steps <= 1:
         raise UserError(
             f"{name}={steps}: allowed: a share of the steps in [0, 1], or a range such as (0, 5) or (0.2, 1.0)"
         )
-    return low, high
+    return 0.0, float(steps)
 
 
 def _some(steps: Steps) -> bool:
@@ -341,5 +387,4 @@ def _some(steps: Steps) -> bool:
 
 
 def _now(steps: Steps, moment: Moment) -> bool:
-    scope: Scope = _range("steps", steps)
-    return _some(steps) and moment.within(scope)
+    return _some(steps) and moment.within(_range("steps", steps))

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,8 @@ class Moment:
     Attributes:
         step: of the scheduler, 0 the first, `num_steps` after the last; None where nothing samples.
         num_steps: of the scheduler; None where nothing samples.
-        stage: which evaluation of the step it is, 0 the first; solvers of higher order make several.
+        stage: which evaluation of the step it is, 0 the first; solvers of higher order make several, and guidance by
+            skipped layers makes one more.
         passes: what the batch consists of, one after the other, each of `rows` samples.
         rows: samples.
         text_tokens: of each text, as the denoiser gets them; None where it gets none.
@@ -54,12 +56,8 @@ class Moment:
         """
         if scope is None:
             return True
-        if self.step is None or self.num_steps is None:
-            raise UserError(f"steps={scope}: the denoiser was called outside of sampling, where there are no steps")
-        low, high = scope
-        if isinstance(low, float) or isinstance(high, float):
-            low, high = round(low * self.num_steps), round(high * self.num_steps)
-        return low <= self.step < high
+        low, high = numbered("steps", scope, self.num_steps)
+        return self.step is not None and low <= self.step < high
 
     def positions(self, on: Pass | Literal["both"], rows: Sequence[int] | None) -> list[int]:
         """Rows of the batch that are these samples in these passes."""
@@ -68,15 +66,55 @@ class Moment:
         return [start + row for start in starts for row in samples]
 
 
+def check_range(name: str, steps: Any) -> None:
+    """Raises UserError unless `steps` is a half-open range, maybe empty, of numbers or of fractions of all steps."""
+    pair = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else []
+    two = len(pair) == 2 and all(isinstance(edge, Real) for edge in pair)
+    if two and 0 <= pair[0] <= pair[1] and (pair[1] <= 1 or not _fractions(pair)):
+        return
+    raise UserError(f"{name}={steps!r}: allowed: numbers such as (0, 5), or fractions such as (0.0, 0.5)")
+
+
+def check_schedule(name: str, steps: tuple[int, int] | tuple[float, float], num_steps: int | None) -> None:
+    """Raises UserError for a range of steps of which the schedule has none, or not all."""
+    low, high = numbered(name, steps, num_steps)
+    if num_steps is not None and high > num_steps:
+        raise UserError(
+            f"{name}={steps} reaches beyond the {num_steps} steps of sampling; allowed: numbers from 0 to {num_steps}, "
+            "or fractions such as (0.0, 0.5)"
+        )
+    if low == high:
+        raise UserError(f"{name}={steps} holds none of the {num_steps} steps of sampling; widen it, or take more steps")
+
+
+def numbered(name: str, steps: tuple[int, int] | tuple[float, float], num_steps: int | None) -> tuple[int, int]:
+    """A half-open range of steps by their numbers.
+
+    Raises:
+        UserError: nothing samples, so that there are no steps.
+    """
+    if num_steps is None:
+        raise UserError(f"{name}={steps}: the denoiser was called outside of sampling, where there are no steps")
+    low, high = steps
+    return (round(low * num_steps), round(high * num_steps)) if _fractions(steps) else (int(low), int(high))
+
+
+def _fractions(steps: Sequence[float]) -> bool:
+    return not all(isinstance(edge, Integral) for edge in steps)
+
+
 class Clock:
     """Tells the moment of each call of a denoiser.
+
+    Attributes:
+        runs: how often the scheduler that it follows began anew.
 
     Args:
         family: of the model.
     """
 
     def __init__(self, family: Family) -> None:
-        self._family = family
+        self.runs, self._family = 0, family
         self._solver: Any = None
         self._passes: tuple[Pass, ...] | None = None  # told; else what the pipeline's settings say
         self._steps_at: Counter[float] = Counter()  # scheduler steps taken from each time
@@ -97,6 +135,7 @@ class Clock:
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             self._solver, self._entry, self._passes, self._since_step = solver, None, None, 0
             self._steps_at.clear()
+            self.runs += 1
             return begin(*args, **kwargs)
 
         @functools.wraps(step)
@@ -112,23 +151,34 @@ class Clock:
             del solver.set_timesteps, solver.step
             vars(solver).update(outer)  # those of a `with` block around this one
 
-    def moment(self, batch: int, t: torch.Tensor | float, text_tokens: int | None) -> Moment:
+    def moment(
+        self, batch: int, t: torch.Tensor | float, text_tokens: int | None, skips_layers: bool = False
+    ) -> Moment:
         """The moment of a call.
 
         Args:
             batch: its rows.
             t: the time it was told, in the denoiser's own units.
             text_tokens: see `Moment`.
+            skips_layers: whether it is told to leave layers out, as SD 3.5 guides itself by one more call.
         """
         self._since_step += 1
-        passes = self._passes or self._pipeline_passes()
+        passes: tuple[Pass, ...] = ("cond",) if skips_layers else self._passes or self._pipeline_passes()
         if self._solver is None:
             return Moment(None, None, 0, passes, batch // len(passes), text_tokens)
         entry = self._entry if self._entry is not None else self._entry_of(float(torch.as_tensor(t).flatten()[0]))
         begins = first_stages(self._solver)
         step = bisect_right(begins, entry) - 1 if entry < len(self._solver.timesteps) else len(begins)
-        stage = entry - begins[step] if step < len(begins) else 0
+        stage = entry - begins[step] + skips_layers if step < len(begins) else 0
         return Moment(step, len(begins), stage, passes, batch // len(passes), text_tokens)
+
+    @property
+    def guided(self) -> bool:
+        """Whether what samples evaluates the null prompt too, in the same call or in another."""
+        if self._passes:
+            return "uncond" in self._passes
+        guides = self._solver is not None and self._family.guidance == "cfg"
+        return guides and bool(self._family.pipe.do_classifier_free_guidance)
 
     def _entry_of(self, t: float) -> int:
         """Which of the scheduler's times t is; of equal ones, the one that follows the steps taken from it."""
@@ -143,5 +193,4 @@ class Clock:
             return ("cond",)
         if not self._family.stacks_passes:
             return ("uncond",) if self._since_step == 2 else ("cond",)
-        guided = self._family.guidance == "cfg" and self._family.pipe.do_classifier_free_guidance
-        return ("uncond", "cond") if guided else ("cond",)
+        return ("uncond", "cond") if self.guided else ("cond",)

@@ -22,8 +22,8 @@ class Graft(Op):
 
     Attributes:
         where: an expression of `esd.selection`, read over parameters.
-        weights: the other values by full parameter name; of the parameters that `where` names, those that these lack
-            stay.
+        weights: the other values by full parameter name, of this architecture; of the parameters that `where` names,
+            those that these lack stay.
     """
 
     where: str = field(kw_only=False)
@@ -37,14 +37,21 @@ class Graft(Op):
         """Takes them off again on any exit.
 
         Raises:
-            UserError: `where` names none of the weights; or rows or a pass are asked for, which weights do not know.
+            UserError: `where` names none of the weights; they are of another architecture; the model keeps its own
+                elsewhere; or rows or a pass are asked for, which weights do not know.
         """
         if self.on != "both" or self.rows is not None:
             raise UserError("Graft: weights serve the whole batch; leave `on` and `rows`")
+        self._refuse_others(family)
         names = [name for name in family.select(self.where).names if name in self.weights]
         if not names:
             raise UserError(f"Graft: {self.where!r} names no parameter among the {len(self.weights)} weights given")
         parameters = dict(family.denoiser.named_parameters())
+        if away := [name for name in names if parameters[name].is_meta]:
+            raise UserError(
+                f"Graft: {away[0]} comes from elsewhere at each call of its layer (sequential CPU offload), whatever "
+                "is put in; call pipe.remove_all_hooks(), or offload by enable_model_cpu_offload()"
+            )
         for name in names:
             live = self._live[name] = parameters[name]
             self._own[name], self._other[name] = live.data, self.weights[name].to(live.data)
@@ -54,6 +61,18 @@ class Graft(Op):
             self._put(self._own)
             for held in (self._live, self._own, self._other):
                 held.clear()
+
+    def _refuse_others(self, family: Family) -> None:
+        """Raises UserError for weights that the denoiser has not, or has in another shape."""
+        own, name = family.denoiser.state_dict(), type(family.denoiser).__name__
+        for key, value in self.weights.items():
+            if key not in own:
+                raise UserError(f"Graft: {name} has no {key}, which the weights have; give those of the same model")
+            if value.shape != own[key].shape:
+                raise UserError(
+                    f"Graft: {key} is {tuple(value.shape)} in the weights and {tuple(own[key].shape)} in {name}; give "
+                    "those of a model of the same architecture"
+                )
 
     def begin(self, moment: Moment) -> None:
         """Puts in the weights that hold in this step.

@@ -25,7 +25,7 @@ from esd.errors import UserError
 from esd.families import Family
 
 from .clock import Clock, Moment, Pass
-from .ops import AttentionOp, Call, Latents, Op, Predict, Source, placed, source_of
+from .ops import AttentionOp, Call, Latents, Op, Predict, Sampling, Source, placed, source_of
 from .probabilities import Attention, Interception, Layout
 from .sites import Site, Streams, signature_of
 
@@ -44,15 +44,15 @@ class Hooks:
         self, family: Family, ops: Sequence[Op], sources: Mapping[Source, int], prompts: Sequence[str] | None
     ) -> None:
         self.clock, self.attention = Clock(family), Interception()
-        self.ops, self._family, self._sources, self._prompts = tuple(ops), family, sources, prompts
+        self._family, self._sources, self._prompts = family, sources, prompts
         self._now: Moment | None = None
-        self._grid = (1, 1)  # of the latents, or of the image tokens, of the call under way
-        self._sampling: tuple[tuple[Pass, ...], Predict] | None = None
+        self._begun: tuple[int, Sampling] | None = None  # which run of the scheduler, and what is known of it
+        self._rollout: tuple[tuple[Pass, ...], Predict] | None = None
+        self._ops = [(op, op.sites(family)) for op in ops]
         self.at: dict[str, list[tuple[Site, Op]]] = {}  # path to what holds there, in the order of the ops
-        for op in ops:
-            for site in op.sites(family):
+        for op, sites in self._ops:
+            for site in sites:
                 self.at.setdefault(site.path, []).append((site, op))
-        for op in ops:
             if isinstance(source := source_of(op), Source) and source not in sources:
                 raise UserError(
                     f"{type(op).__name__}: {source} is not in the batch; esd.interventions.sample puts it "
@@ -70,21 +70,51 @@ class Hooks:
             raise RuntimeError("a site was called outside of its denoiser")
         return self._now
 
+    def announce(self, sampling: Sampling, predict: Predict) -> None:
+        """This package's own rollout is to begin; what it predicts."""
+        self._rollout = ("uncond", "cond") if sampling.guided else ("cond",), predict
+        self._begins(sampling)
+
+    @property
+    def sampling(self) -> Sampling:
+        """That is under way.
+
+        Raises:
+            RuntimeError: none is.
+        """
+        if self._begun is None:
+            raise RuntimeError("no sampling has begun")
+        return self._begun[1]
+
     def begin(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the moment of a call of the denoiser."""
         told = signature_of(type(denoiser).forward).bind(*args, **kwargs).arguments
         text = told.get("encoder_hidden_states")
         x = next(iter(told.values()))
-        self._now = self.clock.moment(len(x), told["timestep"], None if text is None else text.shape[1])
+        tokens = None if text is None else text.shape[1]
+        now = self.clock.moment(len(x), told["timestep"], tokens, told.get("skip_layers") is not None)
         ids = told.get("img_ids")
-        self._grid = _extent(ids) if ids is not None else (x.shape[-2], x.shape[-1])
-        for op in self.ops:
-            if self._sampling is None and _edits(op):
+        latents = _extent(ids, self._family.patch) if ids is not None else (x.shape[-2], x.shape[-1])
+        self._now = now
+        self._begins(
+            Sampling(self._family, now.num_steps, self.clock.guided, now.rows, latents, self._prompts, self._sources)
+        )
+        for op, _ in self._ops:
+            op.begin(now)
+
+    def _begins(self, sampling: Sampling) -> None:
+        """Holds the ops against a sampling, once before its first call; they forget what they kept of one before."""
+        if self._begun == (self.clock.runs, sampling):
+            return
+        for op, sites in self._ops:
+            if self._rollout is None and _edits(op):
                 raise UserError(
                     f"{type(op).__name__} works on latents between steps, of which a stock pipeline does not tell; "
                     "draw with esd.interventions.sample"
                 )
-            op.begin(self._now)
+            op.renew()
+            op.fits(sampling, sites)
+        self._begun = self.clock.runs, sampling
 
     def calls(self, path: str) -> Iterator[tuple[Op, Call]]:
         """The ops in force at a site in this moment, each with its call, whose tensors are not set yet."""
@@ -92,18 +122,10 @@ class Hooks:
         for site, op in self.at[path]:
             if not moment.within(op.steps):
                 continue
-            samples, source = self._rows(op, moment)
+            samples, source = self.sampling.taking(op)
             if positions := moment.positions(op.on, samples):
                 taken = [] if source is None else [p - p % moment.rows + source for p in positions]
-                yield op, Call(site, moment, {}, {}, {}, positions, taken, self._prompts, self._family)
-
-    def _rows(self, op: Op, moment: Moment) -> tuple[list[int], int | None]:
-        """The samples that an op may change, and the one that it takes from."""
-        source = source_of(op)
-        source = self._sources[source] if isinstance(source, Source) else source
-        serving = {*self._sources.values()} if op.rows is None else set()
-        samples = [row for row in (range(moment.rows) if op.rows is None else op.rows) if row not in serving]
-        return samples, source
+                yield op, Call(site, moment, {}, {}, {}, positions, taken, self.sampling)
 
     def listen(self, path: str) -> None:
         """An attention is called: its probabilities go to the ops in force there."""
@@ -119,39 +141,35 @@ class Hooks:
 
         def layout(queries: int, keys: int) -> Layout:
             text = {"cross": keys, "joint": self.now.text_tokens}.get(site.part or "")
-            return Layout.of(queries, keys, text, self._family.text_first, self._grid)
+            return Layout.of(queries, keys, text, self._family.text_first, self.sampling.latents)
 
         self.attention.expect(site.label, layout, listener)
 
     def edit(self, solver: Any, entry: int, x: Tensor) -> Tensor:
-        """What `esd.trajectory.rollout` calls before each entry of the solver's times, after `sampling`."""
-        if self._sampling is None:
+        """What `esd.trajectory.rollout` calls before each entry of the solver's times, after `announce`."""
+        if self._rollout is None:
             raise RuntimeError("the rollout was not announced")
-        passes, predict = self._sampling
+        passes, predict = self._rollout
         self.clock.tell(solver, entry, passes)
         moment = self.clock.moment(len(x) * len(passes), float("nan"), None)
         if moment.stage:  # in the middle of a step
             return x
         step, last = moment.step or 0, entry == len(solver.timesteps)
         t = solver.timesteps.new_zeros(()) if last else solver.timesteps[entry]
-        ended = [(op, op.after_step, replace(moment, step=step - 1)) for op in self.ops if step]
-        begun = [(op, op.before_step, moment) for op in self.ops if not last]
+        ended = [(op, op.after_step, replace(moment, step=step - 1)) for op, _ in self._ops if step]
+        begun = [(op, op.before_step, moment) for op, _ in self._ops if not last]
         for op, change, when in ended + begun:
             if when.within(op.steps):
-                rows, source = self._rows(op, when)
+                rows, source = self.sampling.taking(op)
                 taken = [] if source is None else [source] * len(rows)
                 new = change(Latents(when, x, rows, taken, solver, t, predict, self._family))
                 x = x if new is None else placed(x, new, rows)
         return x
 
-    def sampling(self, passes: tuple[Pass, ...], predict: Predict) -> None:
-        """Announces a rollout: what its batches consist of, and what it predicts."""
-        self._sampling = passes, predict
 
-
-def _extent(ids: Tensor) -> tuple[int, int]:
-    """(h, w) of image tokens, of their position ids (..., axes), where these are the second and the third."""
-    return int(ids[..., 1].max()) + 1, int(ids[..., 2].max()) + 1
+def _extent(ids: Tensor, patch: int) -> tuple[int, int]:
+    """(h, w) of latents, of the position ids (..., axes) of tokens, where these are the second and the third."""
+    return patch * (int(ids[..., 1].max()) + 1), patch * (int(ids[..., 2].max()) + 1)
 
 
 def _edits(op: Op) -> bool:
@@ -209,7 +227,8 @@ def refuse_unhookable(denoiser: nn.Module) -> None:
 
 
 def _wrapped(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+    compiled = hasattr(module.forward, "_torchdynamo_orig_callable")
+    return compiled or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
 def _hook(hooks: Hooks, path: str, module: nn.Module) -> list[Any]:

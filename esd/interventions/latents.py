@@ -8,8 +8,7 @@ Dive" notebook, whose step is the same in every parametrisation of latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +19,9 @@ from esd.errors import UserError
 from esd.families import Family
 from esd.trajectory import clean
 
-from .attention import MapKey, Maps, token_maps
-from .ops import AttentionOp, Call, Latents, Op, Source
+from .attention import MapKey, Maps, check_resolution, token_maps
+from .clock import numbered
+from .ops import AttentionOp, Call, Latents, Op, Sampling, Source, check_finite
 from .probabilities import Attention
 from .sites import Site
 from .words import positions_of
@@ -50,13 +50,13 @@ class LocalBlend(AttentionOp):
     resolution: int | None = None
     threshold: float = 0.3
     _maps: dict[int, Maps] = field(init=False, compare=False, repr=False, default_factory=dict)
-    _seen: set[tuple[int, int]] = field(init=False, compare=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         """Raises UserError without words, or for a threshold out of range."""
         super().__post_init__()
         if not self.words or isinstance(self.words, str):
             raise UserError(f"LocalBlend(words={self.words!r}): give the words that the edit is about, such as ['cat']")
+        check_finite(self, "threshold", self.threshold)
         if not 0 <= self.threshold <= 1:
             raise UserError(f"LocalBlend(threshold={self.threshold}): allowed: 0 to 1")
 
@@ -65,33 +65,31 @@ class LocalBlend(AttentionOp):
         if site.part not in ("cross", "joint"):
             raise UserError(f"LocalBlend: {site.label} reads no text; name cross-attention or joint attention")
 
-    @contextmanager
-    def attached(self, family: Family) -> Iterator[None]:
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; a prompt has none of the words, or no attention the resolution."""
+        super().fits(sampling, sites)
+        check_resolution(self, self.resolution, sampling, sites)
+        rows, source = sampling.taking(self)
+        for row in [*rows, *(() if source is None else (source,))]:
+            self._of(sampling.family, sampling.prompt(row))
+
+    def renew(self) -> None:
         """Begins without maps."""
         self._maps.clear()
-        self._seen.clear()
-        yield
 
     def attend(self, call: Call, attention: Attention) -> None:
         """Adds both prompts' maps of the words; changes nothing."""
         grid = attention.layout.grid
-        self._seen.add(grid)
         if self.resolution not in (None, max(grid)):
             return
         for row in dict.fromkeys([*call.positions, *call.source]):
-            at = [i for word in self._of(call, row) for i in positions_of(call.family, call.prompt(row), word)]
+            prompt = call.prompt(row)
+            at = [i for word in self._of(call.family, prompt) for i in positions_of(call.family, prompt, word)]
             drawn = token_maps(attention, [row])[:, :, at].mean(2, keepdim=True)
             self._maps.setdefault(row % call.moment.rows, Maps()).add(MapKey(None, None, grid), drawn)
 
     def after_step(self, latents: Latents) -> Tensor | None:
-        """The latents, with the source's outside of the mask.
-
-        Raises:
-            UserError: no attention had the resolution.
-        """
-        if not self._maps:
-            sizes = ", ".join(str(max(grid)) for grid in sorted(self._seen, reverse=True))
-            raise UserError(f"LocalBlend(resolution={self.resolution}): {self.where!r} has maps of {sizes}")
+        """The latents, with the source's outside of the mask."""
         x, changed = latents.x, latents.x.clone()
         masks = {row: self._mask(row, x) for row in {*latents.rows, *latents.source}}
         for row, source in zip(latents.rows, latents.source, strict=True):
@@ -99,12 +97,12 @@ class LocalBlend(AttentionOp):
             changed[row] = torch.where(mask, x[row], x[source])
         return changed
 
-    def _of(self, call: Call, row: int) -> list[str]:
-        """Those of the words that a row's prompt has."""
-        found, prompt = [], call.prompt(row)
+    def _of(self, family: Family, prompt: str) -> list[str]:
+        """Those of the words that a prompt has."""
+        found = []
         for word in self.words:
             try:
-                positions_of(call.family, prompt, word)
+                positions_of(family, prompt, word)
                 found.append(word)
             except UserError:
                 continue
@@ -139,12 +137,26 @@ class Guide(Op):
     every: int = 1
 
     def __post_init__(self) -> None:
-        """Raises UserError for a scale of 0, or no whole number of steps."""
+        """Raises UserError for a scale of 0 or that is not finite, or no whole number of steps."""
         super().__post_init__()
-        if self.scale == 0 or self.every < 1:
-            raise UserError(f"Guide(scale={self.scale}, every={self.every}): allowed: a scale other than 0, every >= 1")
+        check_finite(self, "scale", self.scale)
+        check_finite(self, "every", self.every)
+        if self.scale == 0:
+            raise UserError("Guide(scale=0) changes nothing; allowed: a scale other than 0")
+        if self.every < 1 or self.every % 1:
+            raise UserError(f"Guide(every={self.every!r}): allowed: a whole number of steps from 1")
         if self.on != "both":
             raise UserError(f"Guide(on={self.on!r}): latents belong to no pass; leave `on`")
+
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; `every` leaves none of its steps."""
+        super().fits(sampling, sites)
+        if self.steps is not None:
+            low, high = numbered("Guide: steps", self.steps, sampling.num_steps)
+            if not any(step % self.every == 0 for step in range(low, high)):
+                raise UserError(
+                    f"Guide(every={self.every}): none of steps={self.steps} is a multiple of it; widen them"
+                )
 
     def before_step(self, latents: Latents) -> Tensor | None:
         """The latents, one step down the gradient.

@@ -6,9 +6,12 @@ attention, other latents between two steps. Whoever calls it puts the answer in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -17,9 +20,9 @@ from torch import Tensor
 from esd.errors import UserError
 from esd.families import Family
 
-from .clock import Moment, Pass, Scope
+from .clock import Moment, Pass, Scope, check_range, check_schedule
 from .probabilities import Attention
-from .sites import Site, Streams, is_attention, resolve
+from .sites import Site, Streams, halvings, is_attention, resolve
 
 On = Pass | Literal["both"]
 Predict = Callable[[Any, Tensor, Tensor], Tensor]  # (solver, x, t) -> guided prediction
@@ -31,6 +34,56 @@ class Source:
 
     prompt: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is known before the denoiser is first called.
+
+    Attributes:
+        family: of the model.
+        num_steps: of the scheduler; None where nothing samples.
+        guided: whether the null prompt is evaluated beside each prompt.
+        rows: samples in the batch.
+        latents: their (h, w).
+        prompts: of each sample, where they are known.
+        sources: row of the batch that draws each source.
+    """
+
+    family: Family
+    num_steps: int | None
+    guided: bool
+    rows: int
+    latents: tuple[int, int]
+    prompts: Sequence[str] | None = None
+    sources: Mapping[Source, int] = field(default_factory=dict)
+
+    def taking(self, op: Op) -> tuple[list[int], int | None]:
+        """The samples that an op may change, and the one that it takes from."""
+        source = source_of(op)
+        row = self.sources[source] if isinstance(source, Source) else source
+        serving = {*self.sources.values()} if op.rows is None else set()
+        return [i for i in (range(self.rows) if op.rows is None else op.rows) if i not in serving], row
+
+    def prompt(self, row: int) -> str:
+        """What a sample draws.
+
+        Raises:
+            UserError: nobody said so.
+        """
+        if self.prompts is None or len(self.prompts) != self.rows:
+            raise UserError(
+                f"ops that speak of words need the prompt of each of {self.rows} samples; draw with "
+                "esd.interventions.sample, or give attach(prompts=[...])"
+            )
+        return self.prompts[row]
+
+    def grid(self, site: Site) -> tuple[int, int]:
+        """(h, w) of the image tokens that an attention works on."""
+        height, width = (edge // self.family.patch for edge in self.latents)
+        for _ in range(halvings(self.family.denoiser, site)):
+            height, width = -(-height // 2), -(-width // 2)
+        return height, width
 
 
 @dataclass
@@ -45,8 +98,7 @@ class Call:
         outputs: the same of what the site returned; empty before it ran.
         positions: rows of the batch that the op may change.
         source: row of the batch that each of `positions` takes from; empty for an op without a source.
-        prompts: of each sample, where they are known.
-        family: of the model.
+        sampling: that it belongs to.
     """
 
     site: Site
@@ -56,21 +108,16 @@ class Call:
     outputs: Streams
     positions: list[int]
     source: list[int]
-    prompts: Sequence[str] | None
-    family: Family
+    sampling: Sampling
+
+    @property
+    def family(self) -> Family:
+        """Of the model."""
+        return self.sampling.family
 
     def prompt(self, position: int) -> str:
-        """What a row of the batch draws.
-
-        Raises:
-            UserError: nobody said so.
-        """
-        if self.prompts is None or len(self.prompts) != self.moment.rows:
-            raise UserError(
-                f"{self.site.label}: ops that speak of words need the prompt of each of {self.moment.rows} samples; "
-                "draw with esd.interventions.sample, or give attach(prompts=[...])"
-            )
-        return self.prompts[position % self.moment.rows]
+        """What a row of the batch draws; see `Sampling.prompt`."""
+        return self.sampling.prompt(position % self.moment.rows)
 
 
 @dataclass(frozen=True)
@@ -114,14 +161,15 @@ class Op:
     rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for a range of steps that holds none, or a pass of another name."""
+        """Raises UserError for a range of steps that holds none, a pass of another name, or rows that are none."""
         if self.steps is not None:
-            low, high = self.steps
-            fractions = isinstance(low, float) or isinstance(high, float)
-            if not 0 <= low < high or (fractions and high > 1):
-                raise UserError(f"steps={self.steps}: allowed: numbers such as (0, 5), or fractions such as (0.0, 0.5)")
+            check_range("steps", self.steps)
+            if self.steps[0] == self.steps[1]:
+                raise UserError(f"steps={self.steps} holds no step; allowed: numbers such as (0, 5), the second larger")
         if self.on not in ("cond", "uncond", "both"):
             raise UserError(f"on={self.on!r}: allowed: cond, uncond, both")
+        if self.rows is not None and not _numbers(self.rows):
+            raise UserError(f"rows={self.rows!r}: allowed: numbers of samples from 0, such as (0,); None for all")
 
     def sites(self, family: Family) -> list[Site]:
         """Where it takes hold.
@@ -130,6 +178,34 @@ class Op:
             UserError: nowhere, or at a site that it cannot work on.
         """
         return []
+
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """Holds it against a sampling, before the denoiser is called.
+
+        Args:
+            sampling: that is to begin.
+            sites: where it takes hold.
+
+        Raises:
+            UserError: it would change nothing, or names steps, rows, a pass or anything else that is not there.
+        """
+        name, (rows, source) = type(self).__name__, sampling.taking(self)
+        if self.steps is not None:
+            check_schedule(f"{name}: steps", self.steps, sampling.num_steps)
+        if self.on == "uncond" and not sampling.guided:
+            raise UserError(
+                f"{name}(on='uncond'): the null prompt is not evaluated here; sample under classifier-free guidance, "
+                "such as guidance_scale=4, or leave `on`"
+            )
+        for what, row in (*(("rows", row) for row in rows), ("source", source)):
+            if row is not None and not 0 <= row < sampling.rows:
+                raise UserError(f"{name}({what}={row}): allowed: 0 or more, below {sampling.rows}, the batch's samples")
+        if not rows or {*rows} == {source}:
+            what = f"takes from sample {source} what that has itself" if rows else "has no sample to change"
+            raise UserError(f"{name} {what}, so that it does nothing; give other rows, or another source")
+
+    def renew(self) -> None:
+        """Called when a sampling begins: forgets what was kept of one before."""
 
     def begin(self, moment: Moment) -> None:
         """Called before each evaluation of the denoiser."""
@@ -174,16 +250,29 @@ class SiteOp(Op):
     where: str | Sequence[Site] = field(kw_only=False)
 
     def sites(self, family: Family) -> list[Site]:
-        """The sites that `where` names, each held against `check`."""
-        found = resolve(family, self.where) if isinstance(self.where, str) else list(self.where)
+        """The sites that `where` names, each held against `check`.
+
+        Raises:
+            UserError: there are none, or they are of another model.
+        """
+        found = self.named(family)
         if not found:
             raise UserError(f"{type(self).__name__}: no site is given; give at least one")
         for site in found:
             self.check(site)
         return found
 
+    def named(self, family: Family) -> list[Site]:
+        """The sites that `where` names, as they are."""
+        return resolve(family, self.where) if isinstance(self.where, str) else _own(family, self)
+
     def check(self, site: Site) -> None:
         """Raises UserError for a site that it cannot work on."""
+
+    @property
+    def told(self) -> str:
+        """`where` in a message."""
+        return repr(shorten(self.where, 60, placeholder=" ...")) if isinstance(self.where, str) else "where"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,29 +286,65 @@ class AttentionOp(SiteOp):
 
     on: On = "cond"
 
-    def sites(self, family: Family) -> list[Site]:
-        """The attentions that `where` names, each held against `check`.
+    def named(self, family: Family) -> list[Site]:
+        """The attentions that `where` names.
 
         Raises:
-            UserError: a stream of a joint attention, whose probabilities are of both.
+            UserError: a site is none, or one stream of a joint attention, whose probabilities are of both.
         """
-        found = resolve(family, self.where, is_attention) if isinstance(self.where, str) else list(self.where)
+        found = resolve(family, self.where, is_attention) if isinstance(self.where, str) else _own(family, self)
         for site in found:
+            if not site.attention:
+                raise UserError(f"{type(self).__name__}: {site.label} is no attention as a whole; name attentions")
             if site.part == "joint" and site.stream is not None:
-                raise UserError(f"{type(self).__name__}: {self.where!r} names one stream of {site.label}; name both")
-            self.check(site)
+                raise UserError(f"{type(self).__name__}: {self.told} names one stream of {site.label}; name both")
         return found
 
 
 def source_of(op: Op) -> Source | int | None:
-    """Where an op takes tensors from: another run, the number of a sample in the batch, or nowhere."""
+    """Where an op takes tensors from: another run, the number of a sample in the batch, or nowhere.
+
+    Raises:
+        UserError: a text; it lacks the seed.
+    """
     source = getattr(op, "source", None)
-    return source if isinstance(source, (Source, int)) else None
+    if isinstance(source, str):
+        name = type(op).__name__
+        raise UserError(f"{name}(source={source!r}): allowed: Source({source!r}, seed), or the number of a sample")
+    return source if isinstance(source, (Source, Integral)) else None  # type: ignore[return-value]
+
+
+def check_finite(op: Op, name: str, value: Any) -> None:
+    """Raises UserError unless a setting of an op is a finite number."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{type(op).__name__}({name}={value!r}): allowed: a finite number")
 
 
 def placed(old: Tensor, new: Tensor, positions: Sequence[int]) -> Tensor:
     """`old` (b, ...) with the rows of `new` (b, ...) at some positions."""
-    if len(positions) == len(old):
+    if sorted(positions) == list(range(len(old))):
         return new
     index = torch.tensor(positions, device=old.device)
     return old.index_copy(0, index, new[index].to(old.dtype))
+
+
+def _numbers(rows: Any) -> bool:
+    """Whether these are numbers of samples, at least one and none twice."""
+    if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Integral) for row in rows):
+        return False
+    return min(rows) >= 0 and len({*rows}) == len(rows)
+
+
+def _own(family: Family, op: SiteOp) -> list[Site]:
+    """The sites that an op was given.
+
+    Raises:
+        UserError: one is none, or not of this model as it is.
+    """
+    name, modules = type(op).__name__, dict(family.denoiser.named_modules())
+    for site in op.where:
+        if not isinstance(site, Site):
+            raise UserError(f"{name}(where=[{site!r}, ...]): allowed: an expression, or sites that resolve() gave")
+        if modules.get(site.path) is not site.module:
+            raise UserError(f"{name}: {site.label} is of another model, or of this one before it changed; resolve anew")
+    return list(op.where)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from esd.errors import UserError
 
 from .clock import Pass
-from .ops import Call, SiteOp
+from .ops import Call, Op, SiteOp, check_finite
 from .sites import Site, Stream, Streams
 
 What = Literal["input", "output", "contribution"]
@@ -41,8 +41,9 @@ class Recording:
         what: of each site, see `Record`.
         on: the pass they are of, or "both".
         whole: whether they are as they were, and not reduced.
-        values: a tensor on the CPU for each site, stream and evaluation of the denoiser; rows are those that the op was
-            confined to, of each pass after the other. Outside of sampling, of the latest call.
+        values: a tensor on the CPU for each site, stream and evaluation of the denoiser in the latest sampling; rows
+            are those that the op was confined to, of each pass after the other. Outside of sampling, of the latest
+            call.
         labels: path to the label of the site.
     """
 
@@ -59,10 +60,16 @@ class Recording:
         """What it holds."""
         return self._bytes / 2**30
 
-    def put(self, key: Key, value: Tensor) -> None:
-        """Keeps a tensor, in the place of one of the same key."""
+    def clear(self) -> None:
+        """Forgets all."""
+        self.values.clear()
+        self.labels.clear()
+        self._bytes = 0
+
+    def put(self, key: Key, label: str, value: Tensor) -> None:
+        """Keeps a tensor of the site of a label, in the place of one of the same key."""
         before = self.values.get(key)
-        self.values[key] = value
+        self.values[key], self.labels[key.path] = value, label
         self._bytes += value.nbytes - (0 if before is None else before.nbytes)
 
     def of(self, label: str, stream: Stream = "image") -> Tensor:
@@ -124,15 +131,18 @@ class Record(SiteOp):
     def __post_init__(self) -> None:
         """Makes an empty recording."""
         super().__post_init__()
-        if self.what not in ("input", "output", "contribution"):
-            raise UserError(f"Record(what={self.what!r}): allowed: input, output, contribution")
+        check_what(self, self.what)
+        check_finite(self, "max_gib", self.max_gib)
         object.__setattr__(self, "recording", Recording(self.what, self.on, self.reduce is None))
 
     def check(self, site: Site) -> None:
-        """Notes the site; raises UserError for the contribution of a layer that changes shape."""
+        """Raises UserError for the contribution of a layer that changes shape."""
         if self.what == "contribution" and site.changes_shape:
             raise UserError(f"Record: {site.label} changes the shape of what goes through; record its output")
-        self.recording.labels[site.path] = site.label
+
+    def renew(self) -> None:
+        """Forgets what it kept of another sampling."""
+        self.recording.clear()
 
     def after(self, call: Call) -> Streams | None:
         """Keeps the tensors; changes nothing."""
@@ -148,9 +158,15 @@ class Record(SiteOp):
 
     def _keep(self, call: Call, stream: Stream, value: Tensor) -> None:
         value = self.reduce(value) if self.reduce else value
-        self.recording.put(Key.of(call, stream), value.to("cpu", copy=True))
+        self.recording.put(Key.of(call, stream), call.site.label, value.to("cpu", copy=True))
         if self.recording.gib > self.max_gib:
             raise UserError(
-                f"Record: what {self.where!r} keeps takes more than max_gib={self.max_gib:g}; reduce it (such as by "
+                f"Record: what {self.told} keeps takes more than max_gib={self.max_gib:g}; reduce it (such as by "
                 "reduce=lambda x: x.flatten(1).norm(dim=1)), name fewer sites or steps, or raise max_gib"
             )
+
+
+def check_what(op: Op, what: str) -> None:
+    """Raises UserError for a name that is none of `What`."""
+    if what not in get_args(What):
+        raise UserError(f"{type(op).__name__}(what={what!r}): allowed: {', '.join(get_args(What))}")

@@ -142,14 +142,27 @@ class Site:
 
 
 def hookable(module: nn.Module) -> bool:
-    """Whether a module can be a site: blocks, attentions, feed-forwards and whatever has nothing inside."""
-    leaf = next(module.children(), None) is None
+    """Whether a module can be a site: blocks, attentions, feed-forwards and whatever has nothing inside.
+
+    A layer with a PEFT adapter on it has: the layer as it was, and the adapter's. They are one site.
+    """
+    leaf = next(module.children(), None) is None or hasattr(module, "base_layer")
     return leaf or _ends(module, _UNITS) or is_attention(module)
 
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is an attention as a whole."""
     return hasattr(module, "to_q") or hasattr(module, "to_qkv_mlp_proj")
+
+
+def halvings(denoiser: nn.Module, site: Site) -> int:
+    """How often a UNet has halved the picture where a site is; 0 in a transformer."""
+    if site.stack not in ("down", "mid", "up"):
+        return 0
+    downs, ups = (list(getattr(denoiser, name)) for name in ("down_blocks", "up_blocks"))
+    before = downs[: site.index] if site.stack == "down" else downs
+    undone = ups[: site.index] if site.stack == "up" else []
+    return sum(bool(block.downsamplers) for block in before) - sum(bool(block.upsamplers) for block in undone)
 
 
 def resolve(family: Family, expression: str, kind: Callable[[nn.Module], bool] = hookable) -> list[Site]:

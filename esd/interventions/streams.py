@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from esd.errors import UserError
 
-from .ops import Call, SiteOp, Source
-from .record import Recording
+from .ops import Call, SiteOp, Source, check_finite
+from .record import Recording, What, check_what
 from .sites import Site, Stream, Streams
-
-What = Literal["input", "output", "contribution"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +47,12 @@ class Scale(SiteOp):
 
     residual: float = 1.0
     activation: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a weight that is no finite number."""
+        super().__post_init__()
+        check_finite(self, "residual", self.residual)
+        check_finite(self, "activation", self.activation)
 
     def check(self, site: Site) -> None:
         """Raises UserError for a weight of the residual where there is none, or weights that change nothing."""
@@ -82,6 +85,11 @@ class Patch(SiteOp):
 
     source: Source | int | Recording = field(default=0)
     what: What = "contribution"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for another name of `what`."""
+        super().__post_init__()
+        check_what(self, self.what)
 
     def check(self, site: Site) -> None:
         """Raises UserError for a recording that lacks the site."""
@@ -136,6 +144,11 @@ class InjectText(SiteOp):
     source: Source | int = field(default=0)
     weight: float = 1.0
     flow: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a weight that is no finite number."""
+        super().__post_init__()
+        check_finite(self, "weight", self.weight)
 
     def check(self, site: Site) -> None:
         """Raises UserError where no text is read, or a weight is given and no text is returned."""

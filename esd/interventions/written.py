@@ -1,6 +1,8 @@
 """Interventions written as text, as settings hold them: "Skip(up[0].cross, steps=(0, 5))".
 
-The name of an op, where it takes hold, and its settings as Python writes them. Nothing is evaluated.
+The name of an op, where it takes hold, and its settings as Python writes them. Nothing is evaluated. Only ops that
+stand for themselves can be written: others take another run, weights, words or functions, and some keep what they saw.
+Nor can rows, which are of one batch: a run draws many.
 """
 
 from __future__ import annotations
@@ -36,11 +38,19 @@ def _read(text: str) -> SiteOp:
     match = re.fullmatch(r"\s*(\w+)\((.*)\)\s*", text, re.DOTALL)
     kind = KNOWN.get(match[1]) if match else None
     if not match or not kind:
-        raise UserError(f"interventions: {text!r}; allowed: {', '.join(KNOWN)}, such as {EXAMPLE}")
+        raise UserError(
+            f"interventions: {text!r}; allowed: {', '.join(KNOWN)}, such as {EXAMPLE}; other ops need runs, words or "
+            "weights that a setting cannot hold: use esd.interventions.sample in Python"
+        )
     where, *given = _split(match[2])
     settings = dict(one.partition("=")[::2] for one in given)
-    allowed = [field.name for field in dataclasses.fields(kind) if field.init and field.name != "where"]
+    allowed = [field.name for field in dataclasses.fields(kind) if field.init and field.name not in ("where", "rows")]
     for name in settings:
+        if name.strip() == "rows":
+            raise UserError(
+                f"interventions: {text!r} sets rows, which are of one batch, and a run draws many; leave rows, "
+                "or use esd.interventions.sample in Python"
+            )
         if name.strip() not in allowed:
             raise UserError(f"interventions: {text!r} sets {name.strip()!r}; allowed: {', '.join(allowed)}")
     values: dict[str, Any] = {name.strip(): _value(text, value.strip()) for name, value in settings.items()}
