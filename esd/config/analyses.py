@@ -16,6 +16,9 @@ class AnalysisSettings:
     def check(self) -> None:
         """Raises UserError for values that do not fit each other."""
 
+    def check_run(self, checkpoint: str | None, num_steps: int) -> None:
+        """Raises UserError for values that do not fit the model looked at, or the steps that it is given."""
+
 
 @dataclass
 class LayersConfig(AnalysisSettings):
@@ -187,10 +190,21 @@ class RepresentationsConfig(AnalysisSettings):
 class ErasureConfig(AnalysisSettings):
     """Settings of analysis=erasure; see `esd.analysis.erasure`."""
 
+    concept: str | None = option(None, "one of those that were erased; null is the first")
     target: list[str] = option([], "prompts that ask for what was erased; [] takes those of the model's vocabulary")
     retained: list[str] = option([], "prompts that should be left alone; [] takes those of the model's vocabulary")
     pictures: int = option(6, "of target and of retained prompts, in every place and step that is tried", at_least=1)
-    windows: int = option(5, "into which the sampling steps are cut", at_least=1)
+    windows: int = option(5, "into which the sampling steps are cut; at most num_steps", at_least=1)
     inputs: int = option(
         40, "of each probe that are of the concept; as many others, half of all for the test", at_least=4
     )
+
+    def check_run(self, checkpoint: str | None, num_steps: int) -> None:
+        """Raises UserError without a checkpoint, and for more windows than steps."""
+        if checkpoint is None:
+            raise UserError("checkpoint=null: analysis=erasure looks at an erased model; give checkpoint=runs/NAME")
+        if self.windows > num_steps:
+            raise UserError(
+                f"erasure.windows={self.windows}: num_steps={num_steps} steps are cut into {num_steps} at most; "
+                f"allowed: 1 to {num_steps}"
+            )
