@@ -14,6 +14,7 @@ from esd import checkpoint
 from esd.analysis import Results, Subject, erasure
 from esd.analysis.erasure import fewest, gaze, leak, locate, mechanism, restore, slices
 from esd.analysis.erasure.asked import question
+from esd.analyze import analyze
 from esd.config.analyses import ErasureConfig
 from esd.config.analyze import AnalysisConfig, AnalyzeConfig
 from esd.errors import UserError
@@ -46,7 +47,8 @@ def saved(family: Family, found: dict[str, Tensor], tmp_path: Path, *concepts: s
     """A checkpoint that adds these to the weights."""
     file = tmp_path / checkpoint.FILE_NAME
     told = {
-        "concepts": list(concepts or ["cat"]), "selection": "all", "base": family.base_name, "revision": None, "parameters": 1,
+        "concepts": list(concepts or ["cat"]), "selection": "all", "base": family.base_name, "revision": None,
+        "parameters": 1,
         "fingerprint": checkpoint.fingerprint({key: family.denoiser.get_parameter(key) for key in found}),
     }  # fmt: skip
     checkpoint.save(file, found, told)
@@ -142,8 +144,8 @@ def test_the_fewest_layers_are_held_against_chance_in_other_pictures(tmp_path: P
     with checkpoint.erased(family.pipe, found):
         tried = restorer("sd1", family)
         chosen = tried.touched()[:2]
-        told = fewest.held_out(tried, chosen, [10, 11, 12, 13])
-        every = fewest.held_out(tried, tried.touched(), [10, 11])
+        told = fewest.held_out(fewest.elsewhere(tried, [10, 11, 12, 13]), chosen)
+        every = fewest.held_out(fewest.elsewhere(tried, [10, 11]), tried.touched())
     assert [r.kind.removeprefix("other seeds, ") for r in told] == ["model", "model", "chosen", *["by chance"] * 3]
     assert {r.n for r in told} == {4}, "whole rounds of the prompts"
     sets = [frozenset(r.where.split(" + ")) for r in told[2:]]
@@ -211,7 +213,9 @@ def test_parts_and_heads_add_up_to_what_changed(tmp_path: Path) -> None:
     ("klein-base", "single_transformer_blocks.0.attn"), ("sd3.5", "transformer_blocks.0.attn"),
 ])  # fmt: skip
 @pytest.mark.parametrize("only", ["probabilities", "values"])
-def test_the_mechanism_tells_queries_and_keys_from_values(name: str, place: str, only: str, tmp_path: Path) -> None:
+def test_the_mechanism_tells_queries_and_keys_from_values(
+    name: str, place: str, only: slices.Makes, tmp_path: Path
+) -> None:
     """Single blocks too, where one weight holds queries, keys, values and a feed-forward."""
     family = make(name)
     (site,) = [site for site in _attentions(family) if site.path == place]
@@ -379,10 +383,12 @@ def test_what_it_cannot_ask_is_refused(tmp_path: Path) -> None:
         erasure.analyse(Subject(family, found), Results(tmp_path / "out"), **settings)
 
 
-def test_what_the_run_cannot_do_is_refused_before_a_model_is_loaded() -> None:
-    settings = AnalyzeConfig(analysis=AnalysisConfig("erasure"))
+def test_what_the_run_cannot_do_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    settings = AnalyzeConfig(analysis=AnalysisConfig("erasure"), run_dir=str(tmp_path / "run"))
+    settings.model.path = str(tmp_path / "none")
     with pytest.raises(UserError, match="checkpoint=null"):
-        settings.check()
+        analyze(settings)
     settings.checkpoint, settings.num_steps, settings.erasure.windows = "runs/cat", 2, 50
     with pytest.raises(UserError, match=r"erasure\.windows=50: num_steps=2 .*allowed: 1 to 2"):
-        settings.check()
+        analyze(settings)
+    assert not (tmp_path / "run").exists()

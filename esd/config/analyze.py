@@ -74,7 +74,6 @@ class AnalyzeConfig:
                 if analysis == own and value == [] != defaults[name]:
                     raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={defaults[name]}")
         self.settings.check()
-        self.settings.check_run(self.checkpoint, self.num_steps)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the analysis and the checkpoint."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,11 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
         subject.seeds(count), subject.num_steps, subject.guidance_scale, shows if question_of else None,
     )  # fmt: skip
 
+    @cache
+    def other() -> Restorer:
+        """Twice as many pictures, for what is asked but once."""
+        return fewest.elsewhere(restorer, subject.seeds(3 * count)[count:])
+
     def stage(name: str, make: Callable[[], list[Restored]]) -> list[Restored]:
         return [Restored(**row) for row in kept(results, name, lambda: [asdict(found) for found in make()])]
 
@@ -145,9 +151,8 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
     by_layer = stage("by-layer", lambda: restore.by_layer(restorer))
     tried = stage("sets", lambda: fewest.minimal(restorer, by_layer)[1])
     chosen = [site for site in restorer.touched() if site.label in tried[-1].where.split(" + ")]
-    others = subject.seeds(3 * count)[count:]
-    held_out = stage("other-seeds", lambda: fewest.held_out(restorer, chosen, others))
-    swapped = stage("swapped", lambda: mechanism.swapped(restorer))
+    held_out = stage("other-seeds", lambda: fewest.held_out(other(), chosen))
+    swapped = stage("mechanism", lambda: mechanism.swapped(other()))
     by_steps = stage("by-steps", lambda: restore.by_steps(restorer, windows))
     by_part = stage("by-part", lambda: restore.by_part(restorer))
     heads = stage("heads", lambda: restore.by_head(restorer, restore.attentions(family, chosen)))
@@ -161,7 +166,7 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
     drawings.windows(results, about.concept, ends, by_window)
     drawings.steps(results, about.concept, ends, by_steps)
     drawings.parts(results, about.concept, ends, by_part)
-    drawings.mechanism(results, about.concept, ends, swapped)
+    drawings.mechanism(results, held_out[:2], swapped)
     drawings.heads(results, about.concept, heads)
     if patched:
         drawings.contributions(results, about.concept, ends, patched)

@@ -189,7 +189,7 @@ def parts(results: Results, concept: str, ends: Sequence[Restored], found: Seque
     )  # fmt: skip
 
 
-def mechanism(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
+def mechanism(results: Results, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
     """Restoration and rate by the base's weights for where to look, for what is read there, and outside of both."""
     sentences = []
     for kind, group in groupby(found, key=lambda r: r.kind):

@@ -61,20 +61,23 @@ def minimal(restorer: Restorer, single: Sequence[Restored], share: float = 0.8) 
     return [site for label, site in sites.items() if label in chosen], [*tried.values(), last]
 
 
-def held_out(restorer: Restorer, chosen: Sequence[Site], seeds: Sequence[int], sets: int = 3) -> list[Restored]:
+def elsewhere(restorer: Restorer, seeds: Sequence[int]) -> Restorer:
+    """The same from other seeds, whole rounds of its prompts."""
+    return replace(restorer, prompts=[*restorer.prompts] * (len(seeds) // len(restorer.prompts)), seeds=seeds)
+
+
+def held_out(other: Restorer, chosen: Sequence[Site], sets: int = 3) -> list[Restored]:
     """What the chosen layers, and by-chance sets of as many, bring back in pictures that nothing was chosen by.
 
     Args:
-        restorer: that the layers were chosen with.
+        other: from other seeds than the layers were chosen by; see `elsewhere`.
         chosen: layers.
-        seeds: of the other pictures, whole rounds of the restorer's prompts.
         sets: of layers drawn by chance, all unlike each other and the chosen; fewer where there are no more.
 
     Returns:
         Base and erased model, the chosen layers, and the sets drawn by chance.
     """
-    fresh = replace(restorer, prompts=[*restorer.prompts] * (len(seeds) // len(restorer.prompts)), seeds=seeds)
-    sites = fresh.touched()
+    sites = other.touched()
     taken, chance = {frozenset(site.label for site in chosen)}, random.Random(0)
     tried = [("other seeds, chosen", list(chosen))]
     for _ in range(100):  # of few layers there are few sets
@@ -84,8 +87,8 @@ def held_out(restorer: Restorer, chosen: Sequence[Site], seeds: Sequence[int], s
             taken.add(labels)
             tried.append(("other seeds, by chance", [sites[i] for i in drawn]))
     return [
-        *(replace(end, kind="other seeds, model") for end in ends(fresh)),
-        *(fresh.graft(kind, " + ".join(site.label for site in several), fresh.inside(several))
+        *(replace(end, kind="other seeds, model") for end in ends(other)),
+        *(other.graft(kind, " + ".join(site.label for site in several), other.inside(several))
           for kind, several in tried),
     ]  # fmt: skip
 

@@ -72,8 +72,8 @@ def slices(denoiser: Denoiser, site: Site) -> list[Slice]:
     for name in (name for name in live if name.startswith(f"{site.path}.")):
         word, size = name.removeprefix(f"{site.path}.").split(".")[0], live[name].shape
         if word == "to_qkv_mlp_proj":
-            for part, makes in enumerate(("probabilities", "probabilities", "values")):
-                found.append(Slice(name, makes, 0, part * inner, (part + 1) * inner, heads))
+            rows: tuple[Makes, ...] = ("probabilities", "probabilities", "values")
+            found += [Slice(name, what, 0, i * inner, (i + 1) * inner, heads) for i, what in enumerate(rows)]
         elif word in _OUTPUTS and len(size) > 1:
             found.append(Slice(name, "values", 1, 0, inner, heads))
         elif makes := next((makes for makes, words in _MAKES.items() if word in words), None):
