@@ -137,17 +137,17 @@ def windows(results: Results, concept: str, ends: Sequence[Restored], found: Seq
             first, last = r.where.split(" to ")
             matrix[firsts.index(first), lasts.index(last)] = value(r) / (1 if value is _restoration else 100)
         figures.heat(
-            ax, matrix, rows=firsts if ax is axes[0] else [""] * len(firsts), columns=lasts,
+            ax, matrix.round(2) + 0.0, rows=firsts if ax is axes[0] else [""] * len(firsts), columns=lasts,
             y_name="first layer" if ax is axes[0] else "", x_name="last layer", unit="", title=name.replace(", %", ""),
             limits=(min(0.0, float(np.nanmin(matrix))), 1.0), tell=True,
         )  # fmt: skip
     upper = [r for r in found if r.where.startswith(f"{firsts[0]} to ")]
     lower = [r for r in found if r.where.endswith(f" to {lasts[-1]}")]
     rows = [
-        f"from {name} layer: " + ", ".join(f"{r.where.split(' to ')[side]} {_brief(r)}" for r in several)
+        f"from {name}: " + ", ".join(f"{r.where.split(' to ')[side]} {_brief(r)}" for r in several)
         for name, several, side in (("the first to this", upper, 1), ("this to the last", lower, 0))
     ]
-    results.figure("windows", figure, f"{told(ends)} {'; '.join(rows)}.")
+    results.figure("windows", figure, f"{told(ends)} Layers, {'; '.join(rows)}.")
 
 
 def contributions(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
@@ -226,6 +226,8 @@ def _bars(
             group: np.abs(np.array([_interval(r) for r in several]).T - values[group]) for group, several in by.items()
         }  # fmt: skip
         figures.bars(ax, labels if ax is axes[0] else [""] * len(labels), values, x_name=name, spread=reach)
+        if reach:
+            ax.set_xlim(0, 101)
         if legend := ax.get_legend():
             handles, texts = ax.get_legend_handles_labels()
             legend.remove()
@@ -300,7 +302,7 @@ def leak(results: Results, concept: str, found: Sequence[Probe]) -> None:
         said.append(f"{TAUGHT[source].replace(chr(10), ' ')} (of {by[models[0]][0].n}): {ranges}")
     results.figure(
         "leak", figure,
-        f"Right answers over the layers. {'; '.join(said)}. Chance is half; what a probe reads off the shuffled model "
+        f"Right answers over the layers: {'; '.join(said)}. Chance is half; what a probe reads off the shuffled model "
         "is known to the text encoder or seen in the picture, not known to the denoiser.",
     )  # fmt: skip
 

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from esd.families import Denoiser
 from esd.interventions import Site
 
 Makes = Literal["probabilities", "values"]
@@ -59,7 +58,7 @@ class Slice:
         return (slice(None),) * self.dim + (slice(self.start, self.stop),)
 
 
-def slices(denoiser: Denoiser, site: Site) -> list[Slice]:
+def slices(denoiser: nn.Module, site: Site) -> list[Slice]:
     """Those of an attention; weights that make neither probabilities nor values are left out.
 
     Args:
