@@ -138,7 +138,8 @@ def windows(results: Results, concept: str, ends: Sequence[Restored], found: Seq
             matrix[firsts.index(first), lasts.index(last)] = value(r) / (1 if value is _restoration else 100)
         figures.heat(
             ax, matrix.round(2) + 0.0, rows=firsts if ax is axes[0] else [""] * len(firsts), columns=lasts,
-            y_name="first layer" if ax is axes[0] else "", x_name="last layer", unit="", title=name.replace(", %", ""),
+            y_name="first layer" if ax is axes[0] else "", x_name="last layer", unit="",
+            title=name if value is _restoration else "share of the pictures that show it",
             limits=(min(0.0, float(np.nanmin(matrix))), 1.0), tell=True,
         )  # fmt: skip
     upper = [r for r in found if r.where.startswith(f"{firsts[0]} to ")]
