@@ -35,6 +35,7 @@ def main() -> None:
 
 def analyze(config: AnalyzeConfig) -> int:
     """Looks at what `config` says; returns the exit code."""
+    config.settings.check_run(config.checkpoint, config.num_steps)
     run = RunDirectory(config.run_path(), config, unused=config.unused(), neutral=TOLD_BY_FACTS)
     from esd import checkpoint
     from esd.evaluation.judges import load_judge

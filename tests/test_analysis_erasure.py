@@ -12,11 +12,16 @@ from torch import Tensor
 
 from esd import checkpoint
 from esd.analysis import Results, Subject, erasure
-from esd.analysis.erasure import gaze, leak, locate, mechanism, restore
+from esd.analysis.erasure import fewest, gaze, leak, locate, mechanism, restore, slices
+from esd.analysis.erasure.asked import question
+from esd.analyze import analyze
 from esd.config.analyses import ErasureConfig
+from esd.config.analyze import AnalysisConfig, AnalyzeConfig
 from esd.errors import UserError
+from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
-from esd.interventions import blocks, layers
+from esd.interventions import blocks, layers, resolve, sample
+from esd.interventions.sites import is_attention
 from tests.families import GUIDANCE, make
 from tests.programs import table
 
@@ -35,13 +40,19 @@ def changed(name: str, path: str, tmp_path: Path, size: float = 0.5) -> tuple[Fa
         for key, value in family.denoiser.named_parameters()
         if key.startswith(f"{path}.") and value.ndim > 1
     }
+    return family, saved(family, found, tmp_path)
+
+
+def saved(family: Family, found: dict[str, Tensor], tmp_path: Path, *concepts: str) -> checkpoint.Erased:
+    """A checkpoint that adds these to the weights."""
     file = tmp_path / checkpoint.FILE_NAME
     told = {
-        "concepts": ["cat"], "selection": "all", "base": family.base_name, "revision": None, "parameters": 1,
+        "concepts": list(concepts or ["cat"]), "selection": "all", "base": family.base_name, "revision": None,
+        "parameters": 1,
         "fingerprint": checkpoint.fingerprint({key: family.denoiser.get_parameter(key) for key in found}),
     }  # fmt: skip
     checkpoint.save(file, found, told)
-    return family, checkpoint.load(file)
+    return checkpoint.load(file)
 
 
 def restorer(name: str, family: Family, **options: Any) -> restore.Restorer:
@@ -90,30 +101,144 @@ def test_the_layer_that_changed_restores_everything_and_no_other_anything(name: 
         by = {(r.kind, r.where): r.restoration for r in (*restore.ends(tried), *restore.by_layer(tried))}
         assert by["model", "base"] == 1 and by["model", "erased"] == 0
         assert by["layer", site.label] == pytest.approx(1, abs=1e-4) and by["all but layer", site.label] == 0
-        fewest, sets = restore.minimal(tried, [restore.Restored("layer", site.label, 1.0, None, 2)])
-        assert fewest == [site] and sets[-1].restoration == pytest.approx(1, abs=1e-4)
+        few, sets = fewest.minimal(tried, [restore.Restored("layer", site.label, 1.0, None, 2)])
+        assert few == [site] and sets[-1].restoration == pytest.approx(1, abs=1e-4)
         steps = restore.by_steps(tried, 3)
         assert [r.restoration for r in steps if r.kind == "first steps"][-1] == pytest.approx(1, abs=1e-4)
         assert any(0 < r.restoration < 1 for r in steps) or any(r.restoration < 0 for r in steps)
 
 
+def test_windows_of_layers_hold_what_is_in_them(tmp_path: Path) -> None:
+    family, found = changed("sd1", "up_blocks", tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        tried = restorer("sd1", family)
+        sites = [site.label for site in tried.touched()]
+        alone = {r.where: r.restoration for r in restore.by_layer(tried) if r.kind == "layer"}
+        every = {r.where: r.restoration for r in restore.by_window(tried, most=99)}
+        some = [r.where for r in restore.by_window(tried, most=3)]
+    count = len(sites)
+    assert len(every) == count * (count + 1) // 2 and len(some) == 6
+    assert {label: every[f"{label} to {label}"] for label in sites} == pytest.approx(alone)
+    assert every[f"{sites[0]} to {sites[-1]}"] == pytest.approx(1, abs=1e-4)
+    assert f"{sites[0]} to {sites[-1]}" in some
+
+
+@pytest.mark.parametrize("windows", [1, 3, 4, 50])
+def test_steps_are_cut_into_windows_that_hold_each_step_once(windows: int) -> None:
+    held = [step for low, high in restore.cut(4, windows) for step in range(low, high)]
+    assert held == [0, 1, 2, 3] and len(restore.cut(4, windows)) == min(windows, 4)
+
+
+def test_contributions_of_the_base_in_all_layers_and_steps_are_the_base(tmp_path: Path) -> None:
+    family, found = changed("flux-dev", LAST["flux-dev"], tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        patched = restore.by_contribution(restorer("flux-dev", family), 1)
+    assert [(r.kind, r.where) for r in patched] == [
+        ("contribution", "single.0"), ("contributions in steps", "1 to 3")
+    ]  # fmt: skip
+    assert all(r.restoration == pytest.approx(1, abs=1e-3) for r in patched)
+
+
+def test_the_fewest_layers_are_held_against_chance_in_other_pictures(tmp_path: Path) -> None:
+    family, found = changed("sd1", "up_blocks", tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        tried = restorer("sd1", family)
+        chosen = tried.touched()[:2]
+        told = fewest.held_out(fewest.elsewhere(tried, [10, 11, 12, 13]), chosen)
+        every = fewest.held_out(fewest.elsewhere(tried, [10, 11]), tried.touched())
+    assert [r.kind.removeprefix("other seeds, ") for r in told] == ["model", "model", "chosen", *["by chance"] * 3]
+    assert {r.n for r in told} == {4}, "whole rounds of the prompts"
+    sets = [frozenset(r.where.split(" + ")) for r in told[2:]]
+    assert len(set(sets)) == 4 and {len(labels) for labels in sets} == {2}
+    assert [r.kind for r in every][2:] == ["other seeds, chosen"], "there is no other set of all layers"
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux-dev", "sd3.5", "klein-base"])
+def test_slices_of_heads_and_of_what_they_make_share_each_weight_out(name: str) -> None:
+    family = make(name)
+    live = dict(family.denoiser.named_parameters())
+    for site in _attentions(family):
+        seen = {key: torch.zeros_like(value) for key, value in live.items()}
+        for one in slices.slices(family.denoiser, site):
+            for part in [one.of_head(head) for head in range(one.heads)] or [one]:
+                seen[one.name][part.index] += 1
+        assert all(value.max() <= 1 for value in seen.values()), "nothing belongs to two"
+        whole = {key for key, value in seen.items() if value.min() == 1}
+        assert {key for key in whole if "to_" in key} == {
+            key for key in live if key.startswith(f"{site.path}.") and "to_" in key
+        } - {f"{site.path}.to_qkv_mlp_proj.weight", f"{site.path}.to_out.weight"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "place"), [
+    ("flux-dev", "single_transformer_blocks.0"), ("klein-base", "single_transformer_blocks.0"),
+    ("sd1", "up_blocks.1.attentions.1.transformer_blocks.0.attn2"), ("sd3.5", "transformer_blocks.0.attn"),
+])  # fmt: skip
+def test_one_head_of_the_output_is_what_that_head_writes(name: str, place: str) -> None:
+    """The input of the output projection: where one head's values are cut off, the columns of that head see nothing."""
+    family = make(name)
+    sites = [site for site in _attentions(family) if site.path.startswith(place)]
+    own = slices.slices(family.denoiser, sites[0])
+    live = dict(family.denoiser.named_parameters())
+    cut = [one.of_head(1) for one in own if one.makes == "values" and one.heads and one.dim == 0]
+    (out,) = [one.of_head(1) for one in own if one.dim == 1 and "add" not in one.name]
+    with torch.no_grad():
+        for one in cut:
+            live[one.name][one.index] = 0
+    came: list[Tensor] = []
+    module = family.denoiser.get_submodule(out.name.removesuffix(".weight"))
+    hook = module.register_forward_pre_hook(lambda _, args: came.append(args[0]))
+    sample(family, PROMPTS[:1], SEEDS[:1], num_steps=1, guidance_scale=GUIDANCE[name])
+    hook.remove()
+    inside = came[0][..., out.index[1]]
+    if name == "sd1":
+        assert not inside.any()
+    assert came[0].any() and not inside.any()
+
+
 def test_parts_and_heads_add_up_to_what_changed(tmp_path: Path) -> None:
-    family, found = changed("sd1", "mid_block.attentions.0.transformer_blocks.0.attn2", tmp_path)
+    place = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    family, found = changed("sd1", place, tmp_path)
     with checkpoint.erased(family.pipe, found):
         tried = restorer("sd1", family)
         roles = {r.where for r in restore.by_part(tried)}
         assert roles == {"cross.q", "cross.k", "cross.v", "cross.out"}
-        (attention,) = restore.attentions(tried.touched(), [s for s in _attentions(family) if "cross" in s.label])
-        per_head = restore.by_head(tried, [attention])
-        assert len(per_head) == attention.module.heads and all(r.restoration != 0 for r in per_head)
-        both = {r.where: r.restoration for r in mechanism.swapped(tried) if r.kind == "cross attention"}
-        assert set(both) == {"probabilities", "values", "both"}
+        inside = restore.attentions(family, tried.touched())
+        assert len(inside) == 2
+        heads = restore.by_head(tried, inside)
+        assert len(heads) == 2 and all("cross" in r.where and r.restoration != 0 for r in heads), "only what changed"
+
+
+@pytest.mark.parametrize(("name", "place"), [
+    ("sd1", "mid_block.attentions.0.transformer_blocks.0.attn2"), ("flux-dev", "single_transformer_blocks.0.attn"),
+    ("klein-base", "single_transformer_blocks.0.attn"), ("sd3.5", "transformer_blocks.0.attn"),
+])  # fmt: skip
+@pytest.mark.parametrize("only", ["probabilities", "values"])
+def test_the_mechanism_tells_queries_and_keys_from_values(
+    name: str, place: str, only: slices.Makes, tmp_path: Path
+) -> None:
+    """Single blocks too, where one weight holds queries, keys, values and a feed-forward."""
+    family = make(name)
+    (site,) = [site for site in _attentions(family) if site.path == place]
+    live = {key: value.detach().clone() for key, value in family.denoiser.named_parameters()}
+    own = [one for one in slices.slices(family.denoiser, site) if one.makes == only]
+    seed = torch.Generator().manual_seed(0)
+    other = {key: value + torch.randn(value.shape, generator=seed) for key, value in live.items()}
+    found = saved(family, {key: v - live[key] for key, v in slices.mixed(live, other, own).items()}, tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        by = {r.where: r.restoration for r in mechanism.swapped(restorer(name, family))}
+    other_kind = ({*mechanism.HOLD} - {only}).pop()
+    assert by[mechanism.HOLD[only]] == pytest.approx(1, abs=1e-4) and "all" not in by
+    assert abs(by.get(mechanism.HOLD[other_kind], 0.0)) < 1e-4
+
+
+def test_what_is_outside_of_attention_is_told(tmp_path: Path) -> None:
+    family, found = changed("klein-base", "single_transformer_blocks.1", tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        by = {(r.kind, r.where): r.restoration for r in mechanism.swapped(restorer("klein-base", family))}
+    assert 0 < abs(by["outside attention", "all"]) < 1 and 0 < abs(by["joint attention", "both"]) < 1
 
 
 def _attentions(family: Family) -> list[Any]:
-    from esd.interventions import resolve
-    from esd.interventions.sites import is_attention
-
     return resolve(family, "all", is_attention)
 
 
@@ -121,8 +246,8 @@ def test_the_judges_count_decides_which_layers_are_needed(tmp_path: Path) -> Non
     family, found = changed("sd1", "up_blocks", tmp_path)
     with checkpoint.erased(family.pipe, found):
         tried = restorer("sd1", family, shows=lambda images: np.ones(len(images), bool))
-        fewest, sets = restore.minimal(tried, [r for r in restore.by_layer(tried) if r.kind == "layer"])
-    assert len(fewest) == 1, "any layer is enough for a judge that sees it everywhere"
+        few, sets = fewest.minimal(tried, [r for r in restore.by_layer(tried) if r.kind == "layer"])
+    assert len(few) == 1, "any layer is enough for a judge that sees it everywhere"
     assert {"rate", "k", "low", "high"} <= set(sets[-1].row())
 
 
@@ -159,11 +284,52 @@ def test_probes_look_at_every_layer_of_both_models(name: str, tmp_path: Path) ->
         assert [(p.model, p.layer, p.n) for p in several] == [(m, s.label, 4) for m in models for s in sites]
 
 
+def test_a_shuffled_model_knows_nothing_and_is_as_it_was_afterwards() -> None:
+    family = make("sd1")
+    before = {key: value.detach().clone() for key, value in family.denoiser.named_parameters()}
+    with leak.shuffled(family.denoiser):
+        inside = {key: value.detach().clone() for key, value in family.denoiser.named_parameters()}
+    assert all(torch.equal(inside[key].flatten().sort()[0], value.flatten().sort()[0]) for key, value in before.items())
+    assert not any(torch.equal(inside[key], value) for key, value in before.items() if value.std() > 0)
+    assert all(torch.equal(value, before[key]) for key, value in family.denoiser.named_parameters())
+
+
+def knowing(tmp_path: Path, *concepts: str) -> Subject:
+    """A model with a vocabulary, and a checkpoint without these concepts."""
+    family = make("sd1")
+    name, value = next(family.denoiser.named_parameters())
+    found = saved(family, {name: torch.ones_like(value)}, tmp_path, *concepts)
+    return Subject(family, found, Vocabulary.load("checkpoints/emoji-sd"))
+
+
+def test_several_concepts_are_not_each_others_controls(tmp_path: Path) -> None:
+    subject = knowing(tmp_path, "cat", "dog", "mosaic")
+    how: dict[str, Any] = {"target": [], "retained": [], "pictures": 12, "inputs": 8}
+    first = question(subject, **how)
+    second = question(subject, concept="mosaic", **how)
+    assert (first.concept, second.concept) == ("cat", "mosaic")
+    assert not any(word in prompt for prompt in first.retained for word in ("cat", "dog", "mosaic"))
+    assert not any(word in prompt for prompt in second.retained for word in ("cat", "dog", "mosaic"))
+    with pytest.raises(UserError, match=r"erasure\.concept=horse: .*cat, dog, mosaic"):
+        question(subject, concept="horse", **how)
+
+
+def test_probes_of_words_are_tested_by_words_that_they_were_not_taught(tmp_path: Path) -> None:
+    subject = knowing(tmp_path, "cat")
+    about = question(subject, target=[], retained=[], pictures=2, inputs=8)
+    assert set(about.probed) == {"synonym", "name"}
+    for asked in about.probed.values():
+        taught, tested = ({a.prompt for a in asked if a.tested is side} for side in (False, True))
+        assert not taught & tested
+        named = [["cat" in a.prompt.split() for a in asked if a.concept and a.tested is side] for side in (False, True)]
+        assert all(named[0]) != all(named[1]) and any(named[0]) != any(named[1])
+
+
 @pytest.mark.parametrize("name", ["sd1", "flux-dev"])
 def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name: str, tmp_path: Path) -> None:
     family, found = changed(name, LAST[name], tmp_path)
     subject = Subject(family, found, num_steps=2, guidance_scale=GUIDANCE[name])
-    settings = vars(ErasureConfig(["a cat"], ["a dog"], pictures=2, windows=2, inputs=8))
+    settings = vars(ErasureConfig(None, ["a cat"], ["a dog"], pictures=2, windows=2, inputs=8))
     erasure.analyse(subject, Results(tmp_path / "out"), **settings)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
@@ -171,6 +337,9 @@ def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name
         "where.png",
         "weights.png",
         "layers.png",
+        "windows.png",
+        "contributions.png",
+        "mechanism.png",
         "steps.png",
         "parts.png",
         "leak.png",
@@ -178,7 +347,8 @@ def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name
     } <= written
     rows = {file: table(tmp_path / "out" / file) for file in written if file.endswith(".csv")}
     assert {row["layer"] for row in rows["parts.csv"]} == {blocks_label(family, LAST[name])}
-    assert {row["source"] for row in rows["probes.csv"]} == {"name", "image"}
+    assert {row["source"] for row in rows["probes.csv"]} == {"image"}, "no other word is known"
+    assert {row["model"] for row in rows["probes.csv"]} == {"base", "erased", "shuffled"}
     assert family.select(rows["selection.csv"][0]["selection"]).names, "the suggestion can be trained"
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "kept").iterdir()}
     erasure.analyse(subject, Results(tmp_path / "out"), **settings)
@@ -211,3 +381,14 @@ def test_what_it_cannot_ask_is_refused(tmp_path: Path) -> None:
         erasure.analyse(Subject(family), Results(tmp_path / "out"), **settings)
     with pytest.raises(UserError, match=r"give erasure\.target"):
         erasure.analyse(Subject(family, found), Results(tmp_path / "out"), **settings)
+
+
+def test_what_the_run_cannot_do_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    settings = AnalyzeConfig(analysis=AnalysisConfig("erasure"), run_dir=str(tmp_path / "run"))
+    settings.model.path = str(tmp_path / "none")
+    with pytest.raises(UserError, match="checkpoint=null"):
+        analyze(settings)
+    settings.checkpoint, settings.num_steps, settings.erasure.windows = "runs/cat", 2, 50
+    with pytest.raises(UserError, match=r"erasure\.windows=50: num_steps=2 .*allowed: 1 to 2"):
+        analyze(settings)
+    assert not (tmp_path / "run").exists()

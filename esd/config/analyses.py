@@ -32,8 +32,8 @@ class AnalysisSettings:
             if value == [] != default:
                 raise UserError(f"{name}=[] leaves nothing to look at; allowed: such as {name}={default}")
 
-    def check_steps(self, num_steps: int) -> None:
-        """Raises UserError for parts of the sampling steps that hold none of so many."""
+    def check_run(self, checkpoint: str | None, num_steps: int) -> None:
+        """Raises UserError for values that do not fit the model looked at, or the steps that it is given."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ class AttentionConfig(AnalysisSettings):
                     f"attention.replaced: {other!r} for {prompt!r}; allowed: as many words, of which some differ"
                 )
 
-    def check_steps(self, num_steps: int) -> None:
+    def check_run(self, checkpoint: str | None, num_steps: int) -> None:
         """Raises UserError for a share that is not half a step."""
         own = ("cross_replace", "self_replace", "shares")
         told = {name: value if isinstance(value := getattr(self, name), list) else [value] for name in own}
@@ -234,17 +234,21 @@ class ErasureConfig(AnalysisSettings):
 
     analysis = "erasure"
 
+    concept: str | None = option(None, "one of those that were erased; null is the first")
     target: list[str] = option([], "prompts that ask for what was erased; [] takes those of the model's vocabulary")
     retained: list[str] = option([], "prompts that should be left alone; [] takes those of the model's vocabulary")
     pictures: int = option(6, "of target and of retained prompts, in every place and step that is tried", at_least=1)
-    windows: int = option(5, "into which the sampling steps are cut", at_least=1)
+    windows: int = option(5, "into which the sampling steps are cut; at most num_steps", at_least=1)
     inputs: int = option(
         40, "of each probe that are of the concept; as many others, half of all for the test", at_least=4
     )
 
-    def check_steps(self, num_steps: int) -> None:
-        """Raises UserError for more windows than steps."""
+    def check_run(self, checkpoint: str | None, num_steps: int) -> None:
+        """Raises UserError without a checkpoint, and for more windows than steps."""
+        if checkpoint is None:
+            raise UserError("checkpoint=null: analysis=erasure looks at an erased model; give checkpoint=runs/NAME")
         if self.windows > num_steps:
             raise UserError(
-                f"erasure.windows={self.windows}: allowed: 1 to num_steps={num_steps}, so that each holds a step"
+                f"erasure.windows={self.windows}: num_steps={num_steps} steps are cut into {num_steps} at most; "
+                f"allowed: 1 to {num_steps}"
             )

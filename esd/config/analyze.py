@@ -72,7 +72,6 @@ class AnalyzeConfig:
                 if analysis != own and value != defaults[name]:
                     raise UserError(f"{name}={value} says nothing to analysis={own}; set analysis={analysis}")
         self.settings.check()
-        self.settings.check_steps(self.num_steps)
 
     def run_path(self) -> Path:
         """The run directory: as given, or named after the analysis and the checkpoint."""

@@ -1,8 +1,9 @@
 """Where did the erasure happen? An erased model beside its base, part by part, step by step.
 
 1. `locate`     what each part says otherwise when it sees what the base's part saw, and how far its weights moved
-2. `restore`    which of the base's weights bring the concept back: by layer, step, part, head, and the fewest layers
-3. `mechanism`  by other attention, by other values, or after both
+2. `restore`    which of the base's weights bring the concept back: by layer, window of layers, step, part, head
+   `fewest`     and which few layers together, on pictures that they were not chosen by
+3. `mechanism`  by other attention, by other values, or outside of attention
 4. `gaze`       which words the picture attends to otherwise
 5. `leak`       what is still known inside
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,11 +26,9 @@ from esd.analysis.begin import analysis
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 from esd.evaluation.pixels import images_of
-from esd.families import Denoiser
-from esd.interventions import layers, resolve, token_texts
-from esd.interventions.sites import is_attention
+from esd.interventions import layers, token_texts
 
-from . import drawings, gaze, leak, locate, mechanism, restore
+from . import drawings, fewest, gaze, leak, locate, mechanism, restore
 from .asked import Question, mentions, question
 from .leak import Probe
 from .locate import Difference, Part
@@ -40,6 +40,7 @@ def analyse(
     subject: Subject,
     results: Results,
     *,
+    concept: str | None,
     target: Sequence[str],
     retained: Sequence[str],
     pictures: int,
@@ -51,19 +52,26 @@ def analyse(
     Args:
         subject: the model, with a checkpoint.
         results: gets tables and figures.
+        concept: one of several that were erased; None for the first.
         target: prompts that ask for the concept; none for those of the model's vocabulary.
         retained: prompts that should be left alone; none for those of the vocabulary.
         pictures: of the target, and of the retained prompts.
-        windows: into which the steps are cut.
+        windows: into which the steps are cut; none without a step.
         inputs: of each probe that are of the concept.
 
     Raises:
         UserError: see `asked.question` and `restore.Restorer`.
     """
-    about = question(subject, target=target, retained=retained, pictures=pictures, inputs=inputs)
+    about = question(
+        subject, concept=concept, target=target, retained=retained, pictures=pictures, inputs=inputs
+    )  # fmt: skip
     family, found = subject.family, subject.checkpoint
     assert found is not None  # or `question` had refused
-    family.encode([*about.target, *about.retained, "", *(a.prompt for asked in about.probed.values() for a in asked)])
+    if len(erased := found.provenance["concepts"]) > 1:
+        results.note(f"Of {len(erased)} concepts that were erased this looks at {about.concept}; erasure.concept=... "
+                     "looks at another.")  # fmt: skip
+    probed = [a.prompt for asked in (*about.probed.values(), about.pictured) for a in asked]
+    family.encode([*about.target, *about.retained, "", *probed])
     with checkpoint.erased(family.pipe, found):
         where(subject, results, about)
         brought_back(subject, results, about, windows)
@@ -127,41 +135,54 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
         readings = judge(images)
         return np.array([readings.says(i, question_of, about.concept) for i in range(len(images))])
 
+    count = len(about.target)
     restorer = Restorer(
         family, checkpoint.base_view(family.pipe), checkpoint.originals(family.pipe), about.target,
-        subject.seeds(len(about.target)), subject.num_steps, subject.guidance_scale, shows if question_of else None,
+        subject.seeds(count), subject.num_steps, subject.guidance_scale, shows if question_of else None,
     )  # fmt: skip
+
+    @cache
+    def other() -> Restorer:
+        """Twice as many pictures, for what is asked but once."""
+        return fewest.elsewhere(restorer, subject.seeds(3 * count)[count:])
 
     def stage(name: str, make: Callable[[], list[Restored]]) -> list[Restored]:
         return [Restored(**row) for row in kept(results, name, lambda: [asdict(found) for found in make()])]
 
     ends = stage("ends", lambda: restore.ends(restorer))
     by_layer = stage("by-layer", lambda: restore.by_layer(restorer))
+    tried = stage("sets", lambda: fewest.minimal(restorer, by_layer)[1])
+    chosen = [site for site in restorer.touched() if site.label in tried[-1].where.split(" + ")]
+    held_out = stage("other-seeds", lambda: fewest.held_out(other(), chosen))
+    swapped = stage("mechanism", lambda: mechanism.swapped(other()))
     by_steps = stage("by-steps", lambda: restore.by_steps(restorer, windows))
     by_part = stage("by-part", lambda: restore.by_part(restorer))
-    swapped = stage("swapped", lambda: mechanism.swapped(restorer))
-    tried = stage("sets", lambda: restore.minimal(restorer, by_layer)[1])
-    fewest = [site for site in restorer.touched() if site.label in tried[-1].where.split(" + ")]
-    attentions = restore.attentions(fewest, resolve(family, "all", is_attention))
-    heads = stage("heads", lambda: restore.by_head(restorer, attentions))
-    results.table("restored", [r.row() for r in (*ends, *by_layer, *by_steps, *by_part, *swapped, *heads, *tried)])
-    selection = restore.suggestion(fewest, subject.checkpoint.provenance["selection"] if subject.checkpoint else "all")
-    results.table("selection", [{"selection": selection, **tried[-1].row()}])
+    heads = stage("heads", lambda: restore.by_head(restorer, restore.attentions(family, chosen)))
+    by_window = stage("by-window", lambda: restore.by_window(restorer))
+    patched = stage("contributions", lambda: restore.by_contribution(restorer, windows))
+    every = (*ends, *by_layer, *by_window, *by_steps, *by_part, *swapped, *heads, *patched, *tried, *held_out)
+    results.table("restored", [r.row() for r in every])
+    selection = fewest.suggestion(chosen, subject.checkpoint.provenance["selection"] if subject.checkpoint else "all")
+    results.table("selection", [{"selection": selection, **r.row()} for r in (tried[-1], *held_out[2:])])
     drawings.layers(results, about.concept, ends, by_layer)
+    drawings.windows(results, about.concept, ends, by_window)
     drawings.steps(results, about.concept, ends, by_steps)
     drawings.parts(results, about.concept, ends, by_part)
-    drawings.mechanism(results, about.concept, ends, swapped)
+    drawings.mechanism(results, held_out[:2], swapped)
     drawings.heads(results, about.concept, heads)
-    weights = restorer.inside(fewest)
+    if patched:
+        drawings.contributions(results, about.concept, ends, patched)
+    weights = restorer.inside(chosen)
     shown = {
         "base": restorer.y_base,
         "erased": restorer.y_erased,
-        f"{len(fewest)} layers of the base": restorer.grafted(weights),
+        f"{len(chosen)} layers of the base": restorer.grafted(weights),
         "all but these": restorer.grafted({n: w for n, w in restorer.originals.items() if n not in weights}),
     }
     drawings.pictures(
-        results, about.concept, {name: images_of(family, y) for name, y in shown.items()}, tried[-1], selection
-    )
+        results, about.concept, {name: images_of(family, y) for name, y in shown.items()}, [tried[-1], *held_out],
+        len(restorer.touched()), selection,
+    )  # fmt: skip
 
 
 def looked_at(subject: Subject, results: Results, about: Question) -> None:
@@ -185,26 +206,31 @@ def looked_at(subject: Subject, results: Results, about: Question) -> None:
 
 
 def still_known(subject: Subject, results: Results, about: Question) -> None:
-    """What a probe reads off the features: probes.csv and its figure."""
+    """What a probe reads off the features of base, erased and shuffled model: probes.csv and its figure."""
     family = subject.family
-    models: dict[str, Denoiser] = {"base": checkpoint.base_view(family.pipe), "erased": family.denoiser}
+    base, erased = checkpoint.base_view(family.pipe), family.denoiser
 
     def probed() -> list[dict[str, Any]]:
-        found: list[Probe] = []
-        for source, asked in about.probed.items():
-            shown = leak.from_text(family, asked, seed=subject.seed, num_steps=subject.num_steps)
-            found += leak.probes(family, models, layers(family), source, shown)
-        drawn = leak.from_pictures(
-            family, models["base"], about.probed["name"], seed=subject.seed, num_steps=subject.num_steps,
-            guidance_scale=subject.guidance_scale,
-            batch=subject.batch_size,
-        )  # fmt: skip
-        found += leak.probes(family, models, layers(family), "image", drawn)
+        shown = {
+            source: leak.from_text(family, asked, seed=subject.seed, num_steps=subject.num_steps)
+            for source, asked in about.probed.items()
+        }
+        if about.pictured:
+            shown["image"] = leak.from_pictures(
+                family, base, about.pictured, seed=subject.seed, num_steps=subject.num_steps,
+                guidance_scale=subject.guidance_scale, batch=subject.batch_size,
+            )  # fmt: skip
+        sites, found = layers(family), []
+        for source, inputs in shown.items():
+            found += leak.probes(family, {"base": base, "erased": erased}, sites, source, inputs)
+            with leak.shuffled(erased):
+                found += leak.probes(family, {"shuffled": erased}, sites, source, inputs)
         return [asdict(one) for one in found]
 
     probes = [Probe(**row) for row in kept(results, "probes", probed)]
     results.table("probes", [one.row() for one in probes])
-    drawings.leak(results, about.concept, probes)
+    if probes:
+        drawings.leak(results, about.concept, probes)
 
 
 def kept(results: Results, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +21,12 @@ from .locate import Difference
 from .restore import Restored
 
 MOST_PANELS = 4  # kinds of part that get a heat map of their own
-MODELS = {"base": "base", "erased": "erased"}
+SEEN = 0.05  # R below which nothing came back
+TAUGHT = {
+    "synonym": "taught its name,\ntested by other words",
+    "name": "taught other words,\ntested by its name",
+    "image": "taught and tested\nby pictures",
+}  # fmt: skip
 
 
 def where(results: Results, concept: str, found: Sequence[Difference]) -> None:
@@ -92,121 +98,143 @@ def moved(results: Results, concept: str, target: Sequence[Difference], retained
 
 
 def layers(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
-    """Restoration and rate over the depth, of each layer alone, all up to it, all but it, and its contribution."""
+    """Restoration and rate over the depth: the base's weights in each layer alone, and in all but it."""
+    names = {"layer": "in this layer alone", "all but layer": "in all but this layer"}
     labels = list(dict.fromkeys(r.where for r in found))
-    rates = found[0].k is not None
+    measures = _measures(found)
     figure, axes = figures.panels(
-        2 if rates else 1, 1, height=4.2, title=f"What brings “{concept}” back: the base's weights, layer by layer"
+        len(measures), 1, height=4.2, title=f"What brings “{concept}” back: the base's weights, layer by layer"
     )
-    names = {
-        "layer": "this layer alone", "up to layer": "all up to this layer", "all but layer": "all but this layer",
-        "contribution": "this layer's output, as in the base's run",
-    }  # fmt: skip
-    for ax, value, y_name in zip(
-        axes,
-        (_restoration, _rate),
-        ("restoration R of the base's picture", f"pictures of “{concept}”, %"),
-        strict=False,
-    ):
-        curves = {
-            name: np.array([next((value(r) for r in found if r.kind == kind and r.where == label), np.nan)
-                            for label in labels])
-            for kind, name in names.items()
+    for ax, (value, y_name) in zip(axes, measures, strict=True):
+        by = {name: [r for r in found if r.kind == kind] for kind, name in names.items()}
+        spread = {} if value is _restoration else {
+            name: tuple(np.array([_interval(r) for r in several]).T) for name, several in by.items()
         }  # fmt: skip
-        figures.lines(ax, range(len(labels)), curves, x_name="", y_name=y_name)
+        curves = {name: np.array([value(r) for r in several]) for name, several in by.items()}
+        figures.lines(ax, range(len(labels)), curves, x_name="", y_name=y_name, spread=spread)
         ax.set_xticks(range(len(labels)), labels, rotation=90)
         if ax is not axes[-1]:
             ax.set_xticklabels([])
-    alone = sorted((r for r in found if r.kind == "layer"), key=lambda r: -r.restoration)
-    needed = sorted((r for r in found if r.kind == "all but layer"), key=lambda r: r.restoration)
+    alone = max((r for r in found if r.kind == "layer"), key=_height)
+    needed = min((r for r in found if r.kind == "all but layer"), key=_height)
     results.figure(
         "layers", figure,
-        f"{told(ends)} Alone, {alone[0].where} brings back most (R {alone[0].restoration:.2f}{_share(alone[0])}); "
-        f"missed most among all others is {needed[0].where} (without it R {needed[0].restoration:.2f}"
-        f"{_share(needed[0])}).",
+        f"{told(ends)} {_best('Of layers alone,', [alone], 'No layer alone')} Missed most among all others is "
+        f"{needed.where}: without it {_said(needed)}.",
+    )  # fmt: skip
+
+
+def windows(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
+    """Restoration and rate by the first and the last layer that has the base's weights."""
+    firsts, lasts = (list(dict.fromkeys(r.where.split(" to ")[side] for r in found)) for side in (0, 1))
+    measures = _measures(found)
+    figure, axes = figures.panels(
+        1, len(measures), height=4.6, title=f"What brings “{concept}” back: the base's weights in a run of layers"
+    )
+    for ax, (value, name) in zip(axes, measures, strict=True):
+        matrix = np.full((len(firsts), len(lasts)), np.nan)
+        for r in found:
+            first, last = r.where.split(" to ")
+            matrix[firsts.index(first), lasts.index(last)] = value(r) / (1 if value is _restoration else 100)
+        figures.heat(
+            ax, matrix.round(2) + 0.0, rows=firsts if ax is axes[0] else [""] * len(firsts), columns=lasts,
+            y_name="first layer" if ax is axes[0] else "", x_name="last layer", unit="",
+            title=name if value is _restoration else "share of the pictures that show it",
+            limits=(min(0.0, float(np.nanmin(matrix))), 1.0), tell=True,
+        )  # fmt: skip
+    upper = [r for r in found if r.where.startswith(f"{firsts[0]} to ")]
+    lower = [r for r in found if r.where.endswith(f" to {lasts[-1]}")]
+    rows = [
+        f"from {name}: " + ", ".join(f"{r.where.split(' to ')[side]} {_brief(r)}" for r in several)
+        for name, several, side in (("the first to this", upper, 1), ("this to the last", lower, 0))
+    ]
+    results.figure("windows", figure, f"{told(ends)} Layers, {'; '.join(rows)}.")
+
+
+def contributions(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
+    """Restoration and rate by what is patched: one layer's contribution in all steps, all layers' in some."""
+    named = [
+        replace(r, where=r.where if r.kind == "contribution" else f"all, steps {r.where}") for r in found
+    ]  # fmt: skip
+    _bars(
+        results, "contributions", f"Contributions of the base's own run in the model without “{concept}”", {"": named},
+        f"{told(ends)} {_best('Of one layer,', [r for r in named if r.kind == 'contribution'], 'No one layer')} What "
+        "is patched in was made in a run that draws the concept, and holds its picture: it tells where the picture "
+        "goes through, and not only what was erased.",
     )  # fmt: skip
 
 
 def steps(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
     """Restoration and rate by the steps in which the base's weights are in."""
-    rates = found[0].k is not None
-    figure, axes = figures.panels(1, 2 if rates else 1, title="The base's weights in some of the sampling steps")
-    windows = [r.where for r in found if r.kind == "steps"]
-    for ax, value, x_name in zip(
-        axes, (_restoration, _rate), ("restoration R", f"pictures of “{concept}”, %"), strict=False
-    ):
-        groups = {
-            name: np.array([value(r) for r in found if r.kind == kind])
-            for kind, name in (("steps", "in these"), ("first steps", "up to these"), ("last steps", "from these on"))
-        }  # fmt: skip
-        figures.bars(ax, windows, groups, x_name=x_name)
-        ax.set_ylabel("steps" if ax is axes[0] else "")
-    best = max((r for r in found if r.kind == "steps"), key=lambda r: (r.k or 0, r.restoration))
-    results.figure(
-        "steps", figure,
-        f"{told(ends)} A single window brings back most at {best.where} of the steps (R {best.restoration:.2f}"
-        f"{_share(best)}).",
+    names = {"steps": "in these", "first steps": "from the first to these", "last steps": "from these to the last"}
+    by = {name: [r for r in found if r.kind == kind] for kind, name in names.items()}
+    rows = [f"{name}, {', '.join(f'{r.where} {_brief(r)}' for r in several)}" for name, several in by.items()]
+    windows = [r.where for r in by["in these"]]
+    _bars(
+        results, "steps", "The base's weights in some of the sampling steps", by,
+        f"{told(ends)} Steps: {'; '.join(rows)}.", labels=[f"steps {where}" for where in windows],
     )  # fmt: skip
 
 
 def parts(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
-    """Restoration by kind of part, alone and missing."""
-    roles = list(dict.fromkeys(r.where for r in found))
-    alone, needed = ([r for r in found if r.kind == kind] for kind in ("part", "all but part"))
-    figure, (ax,) = figures.panels(
-        title="The base's weights in one kind of part, over the whole depth", height=max(3.5, 0.42 * len(roles) + 1.2)
-    )
-    figures.bars(
-        ax, roles,
-        {"in this alone": np.array([r.restoration for r in alone]),
-         "in all but this": np.array([r.restoration for r in needed])},
-        x_name="restoration R of the base's picture",
-    )  # fmt: skip
-    best, missed = max(alone, key=lambda r: r.restoration), min(needed, key=lambda r: r.restoration)
-    results.figure(
-        "parts", figure,
-        f"{told(ends)} Of one kind of part alone, {best.where} brings back most (R {best.restoration:.2f}"
-        f"{_share(best)}); without {missed.where} least comes back (R {missed.restoration:.2f}{_share(missed)}).",
+    """Restoration and rate by kind of part, alone and missing."""
+    by = {
+        name: [r for r in found if r.kind == kind]
+        for kind, name in (("part", "in this alone"), ("all but part", "in all but this"))
+    }
+    missed = min(by["in all but this"], key=_height)
+    _bars(
+        results, "parts", "The base's weights in one kind of part, over the whole depth", by,
+        f"{told(ends)} {_best('Of one kind of part alone,', by['in this alone'], 'No kind of part alone')} Least comes "
+        f"back without {missed.where}: {_said(missed)}.",
     )  # fmt: skip
 
 
-def mechanism(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
-    """Restoration by the base's probabilities, values or both."""
-    if not found:
-        return
-    rates = found[0].k is not None
-    figure, axes = figures.panels(1, 2 if rates else 1, title="The base's attention in the erased model", height=3.8)
-    names = [f"{r.kind}: {r.where}" for r in found]
-    for ax, value, x_name in zip(
-        axes, (_restoration, _rate), ("restoration R", f"pictures of “{concept}”, %"), strict=False
-    ):
-        figures.bars(ax, names, {"": np.array([value(r) for r in found])}, x_name=x_name)
-        if ax is not axes[0]:
-            ax.set_yticklabels([])
+def mechanism(results: Results, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
+    """Restoration and rate by the base's weights for where to look, for what is read there, and outside of both."""
     sentences = []
     for kind, group in groupby(found, key=lambda r: r.kind):
-        by = {r.where: r for r in group}
-        told_by = ", ".join(f"{name} R {r.restoration:.2f}{_share(r)}" for name, r in by.items())
-        sentences.append(f"{kind[0].upper()}{kind[1:]}: {told_by}.")
-    results.figure("mechanism", figure, f"{told(ends)} {' '.join(sentences)}")
+        sentences.append(f"{kind[0].upper()}{kind[1:]}: {'; '.join(f'{r.where} {_said(r)}' for r in group)}.")
+    _bars(
+        results, "mechanism", "The base's weights for where to look, and for what is read there",
+        {"": [replace(r, where=f"{r.kind}: {r.where}") for r in found]}, f"{told(ends)} {' '.join(sentences)}",
+    )  # fmt: skip
 
 
 def heads(results: Results, concept: str, found: Sequence[Restored]) -> None:
-    """Restoration by single heads of the attentions in the fewest layers."""
-    if not found:
-        return
-    figure, (ax,) = figures.panels(
-        title="The base's weights in one head", height=max(2.8, 0.32 * len(found) + 1.1)
-    )  # fmt: skip
-    figures.bars(
-        ax, [r.where for r in found], {"": np.array([r.restoration for r in found])}, x_name="restoration R"
-    )  # fmt: skip
-    best = max(found, key=lambda r: r.restoration)
-    results.figure(
-        "heads", figure,
-        f"Of {len(found)} heads in the layers that bring “{concept}” back together, {best.where} brings back most on "
-        f"its own: R {best.restoration:.3f}{_share(best)}.",
-    )  # fmt: skip
+    """Restoration and rate by single heads of the attentions in the fewest layers."""
+    if found:
+        _bars(
+            results, "heads", f"What brings “{concept}” back: the base's weights in one head", {"": found},
+            f"{len(found)} heads that were trained, in the fewest layers. "
+            f"{_best('Of one head alone,', found, 'No head alone')}",
+        )  # fmt: skip
+
+
+def _bars(
+    results: Results, file: str, title: str, by: Mapping[str, Sequence[Restored]], caption: str,
+    labels: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """A panel for R and one for the rate, with a bar for each result of each group."""
+    first = next(iter(by.values()))
+    labels, measures = labels or [r.where for r in first], _measures(first)
+    figure, axes = figures.panels(
+        1, len(measures), title=title, height=max(3.0, (0.2 + 0.16 * len(by)) * len(labels) + 1.4)
+    )
+    for ax, (value, name) in zip(axes, measures, strict=True):
+        values = {group: np.array([value(r) for r in several]) for group, several in by.items()}
+        reach = None if value is _restoration else {
+            group: np.abs(np.array([_interval(r) for r in several]).T - values[group]) for group, several in by.items()
+        }  # fmt: skip
+        figures.bars(ax, labels if ax is axes[0] else [""] * len(labels), values, x_name=name, spread=reach)
+        if reach:
+            ax.set_xlim(0, 101)
+        if legend := ax.get_legend():
+            handles, texts = ax.get_legend_handles_labels()
+            legend.remove()
+            if ax is axes[0]:  # one for all panels, as wide as they are together
+                figure.legend(handles, texts, loc="outside lower center", ncols=len(by), frameon=False)
+    results.figure(file, figure, caption)
 
 
 def attention(
@@ -252,40 +280,58 @@ def attention(
 
 def leak(results: Results, concept: str, found: Sequence[Probe]) -> None:
     """What probes read off each layer, by what came in."""
-    sources = list(dict.fromkeys(p.source for p in found))
+    sources, models = (list(dict.fromkeys(getattr(p, slot) for p in found)) for slot in ("source", "model"))
     labels = list(dict.fromkeys(p.layer for p in found))
-    titles = {"name": "asked by name", "synonym": "asked by another word", "image": "shown a picture"}
     figure, axes = figures.panels(
-        1, len(sources), height=4.6, title=f"What a linear probe reads off each layer: “{concept}” or not"
+        1, len(sources), height=4.9, title=f"What a linear probe reads off each layer: “{concept}” or not"
     )
     said = []
     for ax, source in zip(axes, sources, strict=True):
-        here = [p for p in found if p.source == source]
-        curves = {m: np.array([100 * p.k / p.n for p in here if p.model == m]) for m in MODELS}
-        spread = {m: _band([p for p in here if p.model == m]) for m in MODELS}
+        by = {model: [p for p in found if p.source == source and p.model == model] for model in models}
         figures.lines(
-            ax, range(len(labels)), curves, x_name="", y_name="right, %" if ax is axes[0] else "",
-            title=titles[source], spread=spread,
+            ax, range(len(labels)), {model: np.array([100 * p.k / p.n for p in here]) for model, here in by.items()},
+            x_name="", y_name="right, %" if ax is axes[0] else "", title=TAUGHT[source],
+            spread={model: _band(here) for model, here in by.items()},
         )  # fmt: skip
         ax.axhline(50, color=figures.GREY, linestyle=":", linewidth=1)
         ax.set_xticks(range(len(labels)), labels, rotation=90)
-        ax.set_ylim(35, 102)
-        best = {m: max((p for p in here if p.model == m), key=lambda p: p.k) for m in MODELS}
-        said.append(
-            f"{titles[source]}: at best {best['base'].k}/{best['base'].n} right in the base ({best['base'].layer}), "
-            f"{best['erased'].k}/{best['erased'].n} in the erased model ({best['erased'].layer})"
-        )
-    results.figure("leak", figure, f"{'; '.join(said)}. Chance is half.")
+        ax.set_ylim(0, 102)
+        counts = {model: sorted(p.k for p in here) for model, here in by.items()}
+        ranges = ", ".join(
+            f"{model} {ks[0]} to {ks[-1]}, median {ks[len(ks) // 2]}" for model, ks in counts.items()
+        )  # fmt: skip
+        said.append(f"{TAUGHT[source].replace(chr(10), ' ')} (of {by[models[0]][0].n}): {ranges}")
+    results.figure(
+        "leak", figure,
+        f"Right answers over the layers: {'; '.join(said)}. Chance is half; what a probe reads off the shuffled model "
+        "is known to the text encoder or seen in the picture, not known to the denoiser.",
+    )  # fmt: skip
 
 
-def pictures(results: Results, concept: str, shown: Mapping[str, np.ndarray], fewest: Restored, selection: str) -> None:
-    """The pictures of base, erased model and grafts, from the same noise."""
+def pictures(
+    results: Results, concept: str, shown: Mapping[str, np.ndarray], fewest: Sequence[Restored], layers: int,
+    selection: str,
+) -> None:  # fmt: skip
+    """The pictures of base, erased model and grafts, from the same noise.
+
+    Args:
+        results: gets the figure.
+        concept: what was erased.
+        shown: label of a row to its uint8 RGB pictures (n, H, W, 3).
+        fewest: what the fewest layers bring back in these pictures, then what `fewest.held_out` says.
+        layers: that were trained.
+        selection: that names the fewest.
+    """
+    chosen, base, _, other, *chance = fewest
     images = np.stack(list(shown.values()))[:, :8]
     figure = figures.pictures(images, title=f"“{concept}”, from the same noise", rows=list(shown))
+    count = len(chosen.where.split(" + "))
+    by_chance = f"; {count} layers drawn by chance: {', '.join(_brief(r) for r in chance)}" if chance else ""
     results.figure(
         "pictures", figure,
-        f"The base's weights in {fewest.where} alone bring it back in {_count(fewest)}. What was trained there: "
-        f"selection='{selection}'.",
+        f"The base's weights in {chosen.where} ({count} of {layers} layers): {_said(chosen)} of the pictures that they "
+        f"were chosen by. From other seeds: {_said(other)}{by_chance}; the base: {_brief(base)}. What was trained in "
+        f"them: selection='{selection}'.",
     )  # fmt: skip
 
 
@@ -302,6 +348,15 @@ def listed(labels: Sequence[str], values: Mapping[str, float]) -> str:
     return ", ".join(f"{label} ({values[label]:.2f})" for label in labels)
 
 
+Measure = Callable[[Restored], float]
+
+
+def _measures(found: Sequence[Restored]) -> list[tuple[Measure, str]]:
+    """What is drawn of results, and its name: the rate only where a judge read them."""
+    rates: list[tuple[Measure, str]] = [(_rate, "pictures that show it, %")] if found[0].k is not None else []
+    return [(_restoration, "restoration R"), *rates]
+
+
 def _restoration(result: Restored) -> float:
     return result.restoration
 
@@ -310,12 +365,35 @@ def _rate(result: Restored) -> float:
     return 100 * (result.k or 0) / result.n
 
 
-def _share(result: Restored) -> str:
-    return "" if result.k is None else f", {result.k} of {result.n}"
+def _height(result: Restored) -> tuple[int, float]:
+    """By which results are ranked: what is seen before what is only nearer."""
+    return result.k or 0, result.restoration
 
 
-def _count(result: Restored) -> str:
-    return f"R {result.restoration:.2f}" if result.k is None else f"{result.k} of {result.n} pictures"
+def _interval(result: Restored) -> tuple[float, float]:
+    low, high = wilson(result.k or 0, result.n)
+    return 100 * low, 100 * high
+
+
+def _best(begin: str, found: Sequence[Restored], none: str) -> str:
+    """Which brings back most, in a sentence that says so where nothing does."""
+    best = max(found, key=_height)
+    if not best.k and best.restoration < SEEN:
+        return f"{none} brings anything back (R {best.restoration:.2f} at most)."
+    return f"{begin} {best.where} brings back most: {_said(best)}."
+
+
+def _said(result: Restored) -> str:
+    """R, and the rate with its interval."""
+    if result.k is None:
+        return f"R {result.restoration:.2f}"
+    low, high = _interval(result)
+    return f"R {result.restoration:.2f}, {result.k} of {result.n} (95% interval {low:.0f} to {high:.0f}%)"
+
+
+def _brief(result: Restored) -> str:
+    """The rate, or without a judge R."""
+    return f"R {result.restoration:.2f}" if result.k is None else f"{result.k} of {result.n}"
 
 
 def _band(found: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,19 +1,22 @@
 """Whether an erased model still knows the concept inside: linear probes on its features.
 
 A probe is a logistic regression on the features of one layer, mean and spread over space, that tells inputs of the
-concept from inputs of other things. It is trained and tested on different inputs. What comes in is
+concept from inputs of other things. It is taught by some inputs and tested by others. What comes in is
 
-    name      pure noise under prompts that name the concept
-    synonym   pure noise under prompts that call it by another word
+    synonym   pure noise under prompts; the probe is taught the concept's name, and tested by other words for it
+    name      the same the other way round
     image     pictures of it by the base, noised half way, under the null prompt
 
-against as many of other things each time. 50% is chance. A concept that is read off the features but not drawn was
-hidden, not removed.
+against as many of other things each time, of which those of the test were not taught. Taught and tested by the same
+word, a probe would only read that the word is in the prompt, whatever it means. How much a probe reads without the
+model knowing anything is what it reads off the same model with its weights shuffled (`shuffled`): text encoder and
+pictures are as they were. 50% is chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +35,8 @@ class Probe:
     """How well one layer's features tell the concept.
 
     Attributes:
-        model: "base" or "erased".
-        source: "name", "synonym" or "image".
+        model: "base", "erased" or "shuffled".
+        source: "synonym", "name" or "image".
         layer: label.
         k: right answers.
         n: tested inputs.
@@ -184,9 +187,9 @@ def probes(
 
     Args:
         family: of the models.
-        models: "base", "erased" to their denoisers.
+        models: name to denoiser.
         sites: layers.
-        source: what the inputs are: "name", "synonym" or "image".
+        source: what the inputs are: "synonym", "name" or "image".
         inputs: see `from_text` and `from_pictures`.
     """
     found = []
@@ -196,6 +199,33 @@ def probes(
             train, test = ((values[rows], inputs.concept[rows]) for rows in (~inputs.tested, inputs.tested))
             found.append(Probe(name, source, layer, probe(train, test), int(inputs.tested.sum())))
     return found
+
+
+@contextmanager
+def shuffled(denoiser: torch.nn.Module, seed: int = 0) -> Iterator[None]:
+    """Every parameter's numbers in another order for the length of a `with` block: as large, and knowing nothing.
+
+    Afterwards they are where they were, bit for bit; no copy of the model is made.
+
+    Args:
+        denoiser: its parameters are written into.
+        seed: of the order.
+    """
+
+    def orders() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in denoiser.parameters():
+            yield parameter.data, torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+
+    for data, order in orders():
+        data.copy_(data.flatten()[order].view_as(data))
+    try:
+        yield
+    finally:
+        for data, order in orders():
+            back = torch.empty_like(data.flatten())
+            back[order] = data.flatten()
+            data.copy_(back.view_as(data))
 
 
 def _told(asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:

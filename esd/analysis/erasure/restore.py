@@ -24,8 +24,10 @@ from esd.errors import UserError
 from esd.evaluation.metrics import wilson
 from esd.evaluation.pixels import images_of
 from esd.families import Denoiser, Family
-from esd.interventions import Graft, Op, Patch, Record, Recording, Site, blocks, sample
+from esd.interventions import Graft, Op, Patch, Record, Recording, Site, blocks, resolve, sample
 from esd.interventions.sites import is_attention
+
+from .slices import mixed, slices
 
 Shows = Callable[[np.ndarray], np.ndarray]  # uint8 pictures (n, H, W, 3) -> bool (n,): is the concept there?
 
@@ -136,33 +138,74 @@ def ends(restorer: Restorer) -> list[Restored]:
 
 
 def by_layer(restorer: Restorer) -> list[Restored]:
-    """Grafts of each layer alone, of all but each, and of all up to and from each; patches of each contribution."""
-    sites = restorer.touched()
-    every = dict(restorer.originals)
+    """Grafts of each layer alone, and of all but each."""
+    every = restorer.originals
     found = []
-    for i, site in enumerate(sites):
+    for site in restorer.touched():
         own = restorer.inside([site])
         found += [
             restorer.graft("layer", site.label, own),
             restorer.graft("all but layer", site.label, {n: w for n, w in every.items() if n not in own}),
-            restorer.graft("up to layer", site.label, restorer.inside(sites[: i + 1])),
         ]
-    able = [site for site in sites if not site.changes_shape]
-    recording = restorer.recorded(able, "contribution")
-    for site in able:
-        patched = restorer.draw(Patch([site], source=recording))
-        found.append(restorer.score("contribution", site.label, patched))
     return found
+
+
+def by_window(restorer: Restorer, most: int = 6) -> list[Restored]:
+    """Grafts of every window of consecutive layers, first to last; many layers are taken some at a time.
+
+    Args:
+        restorer: of the erased model.
+        most: groups of layers that a window begins and ends with.
+    """
+    sites = restorer.touched()
+    groups = np.array_split(np.arange(len(sites)), min(most, len(sites)))
+    found = []
+    for i, first in enumerate(groups):
+        for last in groups[i:]:
+            inside = sites[first[0] : last[-1] + 1]
+            found.append(restorer.graft("window", f"{inside[0].label} to {inside[-1].label}", restorer.inside(inside)))
+    return found
+
+
+def by_contribution(restorer: Restorer, windows: int) -> list[Restored]:
+    """Patches of each layer's contribution in all steps, and of all layers' in each window of steps."""
+    able = [site for site in restorer.touched() if not site.changes_shape]
+    if not able:
+        return []
+    recording = restorer.recorded(able, "contribution")
+
+    def patched(kind: str, where: str, sites: Sequence[Site], steps: Any = None) -> Restored:
+        return restorer.score(kind, where, restorer.draw(Patch(sites, source=recording, steps=steps)))
+
+    return [
+        *(patched("contribution", site.label, [site]) for site in able),
+        *(patched("contributions in steps", between(scope), able, scope) for scope in cut(restorer.num_steps, windows)),
+    ]
+
+
+def cut(num_steps: int, windows: int) -> list[tuple[int, int]]:
+    """Half-open ranges of steps, as many as asked for, but none without a step."""
+    edges = sorted({round(i * num_steps / windows) for i in range(windows + 1)})
+    return list(pairwise(edges))
+
+
+def between(scope: tuple[int, int]) -> str:
+    """A range of steps as people count them."""
+    low, high = scope
+    return f"{low + 1}" if high == low + 1 else f"{low + 1} to {high}"
 
 
 def by_steps(restorer: Restorer, windows: int) -> list[Restored]:
     """Grafts of everything in windows of steps, and in all steps up to and from each."""
-    edges = [i / windows for i in range(windows + 1)]
+    drawn: dict[tuple[int, int], Tensor] = {}
     found = []
-    for low, high in pairwise(edges):
-        for kind, scope in (("steps", (low, high)), ("first steps", (0.0, high)), ("last steps", (low, 1.0))):
-            label = f"{scope[0]:.0%} to {scope[1]:.0%}"
-            found.append(restorer.graft(kind, label, restorer.originals, scope))
+    for low, high in cut(restorer.num_steps, windows):
+        for kind, scope in (
+            ("steps", (low, high)), ("first steps", (0, high)), ("last steps", (low, restorer.num_steps)),
+        ):  # fmt: skip
+            if scope not in drawn:
+                drawn[scope] = restorer.grafted(restorer.originals, scope)
+            found.append(restorer.score(kind, between(scope), drawn[scope]))
     return found
 
 
@@ -183,81 +226,20 @@ def by_part(restorer: Restorer) -> list[Restored]:
     return found
 
 
-def by_head(restorer: Restorer, sites: Sequence[Site]) -> list[Restored]:
-    """Grafts of single heads of attentions: their rows of queries, keys and values, their columns of the output."""
-    live = dict(restorer.family.denoiser.named_parameters())
+def by_head(restorer: Restorer, attentions: Sequence[Site]) -> list[Restored]:
+    """Grafts of single heads of those attentions that changed: what of their weights is one head's own."""
+    denoiser = restorer.family.denoiser
+    live = dict(denoiser.named_parameters())
     found = []
-    for site in sites:
-        heads = int(site.module.heads)  # type: ignore[arg-type]
-        for head in range(heads):
-            mixed = {}
-            for name, base in restorer.inside([site]).items():
-                dim = 1 if ".to_out." in name or ".to_add_out." in name else 0
-                if base.ndim <= dim or base.shape[dim] % heads:
-                    continue  # the output's bias belongs to no head
-                width = base.shape[dim] // heads
-                value = live[name].detach().to("cpu", copy=True)
-                own = slice(head * width, (head + 1) * width)
-                index = (slice(None),) * dim + (own,)
-                value[index] = base[index]
-                mixed[name] = value
-            found.append(restorer.graft("head", f"{site.label}, head {head}", mixed))
+    for site in attentions:
+        own = [one for one in slices(denoiser, site) if one.name in restorer.originals and one.heads]
+        for head in range(own[0].heads if own else 0):
+            weights = mixed(live, restorer.originals, [one.of_head(head) for one in own])
+            found.append(restorer.graft("head", f"{site.label}, head {head}", weights))
     return found
 
 
-def minimal(restorer: Restorer, single: Sequence[Restored], share: float = 0.8) -> tuple[list[Site], list[Restored]]:
-    """A small set of layers whose grafts together bring the concept back.
-
-    Layers are added from the one that restores most on its own until the rate, or without a judge R, reaches a share
-    of the base's; then each is left out again where that does not lose it.
-
-    Args:
-        restorer: of the erased model.
-        single: what `by_layer` says of each layer alone.
-        share: of the base's rate or restoration.
-
-    Returns:
-        The layers in the order they run, and what was tried on the way.
-    """
-    sites = {site.label: site for site in restorer.touched()}
-    rank = sorted((r for r in single if r.kind == "layer"), key=lambda r: (r.restoration, r.k or 0), reverse=True)
-    base = restorer.score("model", "base", restorer.y_base)
-    tried: list[Restored] = []
-
-    def enough(chosen: Sequence[str]) -> bool:
-        weights = restorer.inside([sites[label] for label in chosen])
-        result = restorer.graft("set", " + ".join(label for label in sites if label in chosen), weights)
-        tried.append(result)
-        if result.k is None or not base.k:
-            return result.restoration >= share
-        return result.k >= share * base.k
-
-    labels = [r.where for r in rank]
-    low, high = 1, len(labels)  # the smallest number of layers that is enough
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(labels[:middle]) else (middle + 1, high)
-    chosen = labels[:low]
-    for label in reversed(chosen[:]):
-        fewer = [other for other in chosen if other != label]
-        if fewer and enough(fewer):
-            chosen = fewer
-    enough(chosen)
-    return [site for label, site in sites.items() if label in chosen], tried
-
-
-def attentions(sites: Sequence[Site], every: Sequence[Site]) -> list[Site]:
+def attentions(family: Family, sites: Sequence[Site]) -> list[Site]:
     """The attentions inside some layers."""
     paths = tuple(f"{site.path}." for site in sites)
-    return [site for site in every if is_attention(site.module) and f"{site.path}.".startswith(paths)]
-
-
-def suggestion(sites: Sequence[Site], selection: str) -> str:
-    """A selection for another training: what was trained before, in these layers only.
-
-    Args:
-        sites: layers, at least one.
-        selection: that the erasure was trained with.
-    """
-    where = " + ".join(site.expression for site in sites)
-    return f"({selection}) & ({where})"
+    return [site for site in resolve(family, "all", is_attention) if f"{site.path}.".startswith(paths)]
