@@ -331,7 +331,7 @@ def pictures(
         "pictures", figure,
         f"The base's weights in {chosen.where} ({count} of {layers} layers): {_said(chosen)} of the pictures that they "
         f"were chosen by. From other seeds: {_said(other)}{by_chance}; the base: {_brief(base)}. What was trained in "
-        f"them: selection='{selection}'.",
+        f"them: 'selection=\"{selection}\"'.",
     )  # fmt: skip
 
 
