@@ -118,7 +118,10 @@ def test_mistakes_are_told_before_anything_is_written(command: Command, argument
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["erasure", "erasure.windows=5", "num_steps=4"], "erasure.windows=5: allowed: 1 to num_steps=4"),
+        (
+            ["erasure", "erasure.windows=5", "num_steps=4", "checkpoint=cat"],
+            "erasure.windows=5: num_steps=4 steps are cut",
+        ),
         (["attention", "attention.shares=[0.5,0.1]", "num_steps=4"], "attention.shares: 0.1 of num_steps=4 is no step"),
         (["attention", "num_steps=1"], "attention.self_replace: 0.4 of num_steps=1 is no step"),
     ],
@@ -210,8 +213,12 @@ def test_settings_refused_by_the_model_leave_the_place_to_mended_ones(command: C
     assert ended.code == 2 and "layers.lengths=[99]" in ended.err and "Traceback" not in ended.err
     ended = command("analyze", *layers_of_two)
     assert ended.code == 0, ended.err
-    ended = command("analyze", *FAST[:4], "analysis=attention", "attention.where=croos", "run_dir=maps")
-    assert ended.code == 2 and {path.name for path in (command.folder / "maps").iterdir()} <= {".lock"}
+    ended = command("analyze", *FAST[:4], "num_steps=4", "analysis=attention", "attention.where=croos", "run_dir=maps")
+    assert (
+        ended.code == 2
+        and "croos" in ended.err
+        and {path.name for path in (command.folder / "maps").iterdir()} <= {".lock"}
+    )
 
 
 def test_a_table_and_a_figure_are_whole_files_with_a_caption(tmp_path: Path) -> None:
