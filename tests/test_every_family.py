@@ -344,6 +344,11 @@ def test_sd3_does_without_t5_as_its_pipeline_does(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(family, PROMPTS, 3.0, 2, 16, 16), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_size_that_the_schedule_has_no_times_for_is_refused() -> None:
+    with pytest.raises(UserError, match="are 4096 image tokens, for which the scheduler"):
+        shared("flux-dev").scheduler(4, latent_shape=(4, 128, 128))
+
+
 def test_another_scheduler_is_refused_on_a_flow_model() -> None:
     pipe = tiny.every("flux-dev")
     with pytest.raises(UserError, match="allowed: euler"):

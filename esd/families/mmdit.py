@@ -89,6 +89,12 @@ class FlowFamily(PipelineFamily):
         scheduler = type(self.pipe.scheduler).from_config(config)
         tokens = (height // self.patch) * (width // self.patch)
         scheduler.set_timesteps(device=self.device, **self._schedule(num_steps, tokens))
+        if not scheduler.timesteps.isfinite().all():
+            low, high = config.get("base_image_seq_len"), config.get("max_image_seq_len")
+            raise UserError(
+                f"{height} x {width} latents are {tokens} image tokens, for which the scheduler, meant to shift for "
+                f"{low} to {high}, has no finite times; draw a smaller size"
+            )
         return scheduler
 
     def partly_read(self, prompts: Sequence[str]) -> dict[str, str]:
