@@ -36,10 +36,10 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: 
     objective, sampling = plan.objective, plan.sampling
     chosen = family.select(plan.selection)
     check_optimizer(plan, largest(family, plan, chosen.names))
+    texts = [*plan.prompts, *plan.erase_from, *plan.preserve]
     selection = chosen.describe().replace("\n", f"\n{'':11}")
     points = plan.batch_size * plan.gradient_accumulation * num_processes
     shared = f" in {num_processes} processes" if num_processes > 1 else ""
-    cut = family.cut([*plan.prompts, *plan.erase_from, *plan.preserve])
     _, height, width = family.latent_shape(sampling.size)
     revision = f" at {family.base_revision}" if family.base_revision else ""
     guidance = {
@@ -63,8 +63,8 @@ def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: 
         f"latents {height} x {width}, {served(erasing, plan, points)}",
         "updates": f"{plan.updates} of {points} points{shared}, lr {plan.lr:g} {plan.lr_schedule}",
     }
-    warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in cut.items()]
-    partly = family.partly_read([*plan.prompts, *plan.erase_from, *plan.preserve])
+    warnings = [f"{'cut':<10} {prompt!r} is too long; not read: {end!r}" for prompt, end in family.cut(texts).items()]
+    partly = family.partly_read(texts)
     warnings += [f"{'mind':<10} {prompt!r}: only T5 reads the end, CLIP not: {end!r}" for prompt, end in partly.items()]
     settings = {"trajectory": (sampling.num_steps, sampling.guidance_scale)} | ({"evaluation": drawn} if drawn else {})
     warnings += [f"{'mind':<10} {name}.{told}" for name, how in settings.items() for told in family.advice(*how)]
@@ -88,7 +88,8 @@ def largest(family: Family, plan: TrainPlan, names: Sequence[str]) -> int:
     """How many values the largest trained tensor has."""
     if plan.lora:
         return plan.lora.rank * max(map(max, lora.shapes(family.denoiser, names).values()))
-    return max(info.numel for info in family.parameter_infos() if info.name in set(names))
+    parameters = dict(family.denoiser.named_parameters())
+    return max(parameters[name].numel() for name in names)
 
 
 def drawn_with(plan: TrainPlan) -> str:

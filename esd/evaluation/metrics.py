@@ -14,7 +14,7 @@ Wilson 1927.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from esd.evaluation.judges import Readings
@@ -36,6 +36,13 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_of(hits: Iterable[bool]) -> dict[str, Any]:
+    """{"rate", "k", "n", "interval"}: k of n hits, as JSON holds them; no rate and no interval of none."""
+    found = [bool(hit) for hit in hits]
+    k, n = sum(found), len(found)
+    return {"rate": k / n if n else None, "k": k, "n": n, "interval": list(wilson(k, n)) if n else None}
 
 
 def paired_rate(before: int, after: int, n: int) -> dict[str, Any]:

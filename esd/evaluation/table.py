@@ -20,7 +20,7 @@ import numpy as np
 from esd.errors import UserError
 from esd.evaluation.distances import CLIP_SCALES
 from esd.evaluation.judges import Judge, PairJudge, Readings
-from esd.evaluation.metrics import erasure_rates, wilson
+from esd.evaluation.metrics import erasure_rates, rate_of
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.vocabulary import DOMAINS, Target
 from esd.storage import atomic
@@ -197,13 +197,13 @@ def _asked(rows: Sequence[Row], judge: str, question: str, least: float) -> dict
     labelled = [row for row in rows if f"label.{question}" in row]
     hits = [shows(row, f"{judge}.{question}", least, row.get(f"label.{question}")) for row in labelled or rows]
     if not labelled:
-        return _rate(hits) | {"of": "flagged"}
+        return rate_of(hits) | {"of": "flagged"}
     labels = [row[f"label.{question}"] for row in labelled]
     by_label = {
-        label: _rate([hit for hit, own in zip(hits, labels, strict=True) if own == label])
+        label: rate_of([hit for hit, own in zip(hits, labels, strict=True) if own == label])
         for label in dict.fromkeys(labels)
     }
-    return _rate(hits) | {"of": "label", "by_label": by_label}
+    return rate_of(hits) | {"of": "label", "by_label": by_label}
 
 
 def shows(row: Row, column: str, least: float, label: str | None) -> bool:
@@ -217,12 +217,6 @@ def shows(row: Row, column: str, least: float, label: str | None) -> bool:
 def agrees(answer: str, label: str) -> bool:
     """Whether a judge's answer is a label, or has it among its words for one thing, as in "tabby, tabby cat"."""
     return label.strip().casefold() in {word.strip().casefold() for word in (answer, *answer.split(","))}
-
-
-def _rate(hits: Sequence[bool]) -> dict[str, Any]:
-    """A rate with its count and its interval."""
-    k, n = sum(hits), len(hits)
-    return {"rate": k / n if n else None, "k": k, "n": n, "interval": list(wilson(k, n)) if n else None}
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:

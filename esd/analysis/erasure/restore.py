@@ -52,10 +52,11 @@ class Restored:
 
     def row(self) -> dict[str, Any]:
         """As a table has it."""
-        rate = {} if self.k is None else {"rate": self.k / self.n, "k": self.k}
-        low, high = (None, None) if self.k is None else wilson(self.k, self.n)
-        told = {"kind": self.kind, "where": self.where, "restoration": self.restoration, **rate, "n": self.n}
-        return told | ({} if self.k is None else {"low": low, "high": high})
+        told = {"kind": self.kind, "where": self.where, "restoration": self.restoration}
+        if self.k is None:
+            return told | {"n": self.n}
+        low, high = wilson(self.k, self.n)
+        return told | {"rate": self.k / self.n, "k": self.k, "n": self.n, "low": low, "high": high}
 
 
 @dataclass

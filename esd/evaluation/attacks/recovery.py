@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from esd.evaluation.attacks.budget import cost
-from esd.evaluation.metrics import wilson
+from esd.evaluation.metrics import rate_of
 
 Reads = Literal["best", "alone"]
 
@@ -73,19 +73,13 @@ class Curve:
                     "queries": point.queries,
                     "cost": cost(point.queries, point.gradients),
                     "seconds": round(point.seconds, 3),
-                    "alone": rate(alone[i]),
-                    "best": rate(best[i]),
+                    "alone": rate_of(alone[i]),
+                    "best": rate_of(best[i]),
                     "scores": [float(score) for score in point.scores],
                 }
                 for i, point in enumerate(self.points)
             ],
         }
-
-
-def rate(shown: np.ndarray) -> dict[str, Any]:
-    """k of n rows, their rate and its 95% interval, ready for JSON."""
-    k, n = int(shown.sum()), len(shown)
-    return {"rate": k / n, "k": k, "n": n, "interval": list(wilson(k, n))}
 
 
 @dataclass(frozen=True)
