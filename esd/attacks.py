@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from esd.config.evaluate import ATTACKS, EvaluateConfig, SuiteConfig
+from esd.config.evaluate import EvaluateConfig, SuiteConfig
 from esd.drawing import announce, announce_cuts, limited, refuse_several_processes, rows_of
 from esd.errors import UserError
 from esd.judging import check_pictures, find_named, own_judges
@@ -30,8 +30,7 @@ PROMPTS = 16  # that ask for the concept, unless limit or prompts say otherwise
 
 def evaluate_attacks(config: EvaluateConfig) -> int:
     """The suite `attacks`; returns the exit code."""
-    left = [f"suite.settings.{name}" for name in ATTACKS if name not in config.suite.attacks]
-    run = RunDirectory(config.run_path(), config, unused=left)
+    run = RunDirectory(config.run_path(), config, unused=config.unused())
     from esd import checkpoint
     from esd.evaluation.attacks import Budget, ConceptScorer
     from esd.evaluation.attacks.suite import attack_checkpoint

@@ -130,6 +130,7 @@ def _run_hydra(name: str, schema: type, task: Callable[[Any], int], scratch: str
             refuse_beaten_groups(composed, schema())
             config: Any = OmegaConf.to_object(composed)
             config.check()
+            refuse_unread(config)
             config.run_dir = str(_job_path(config.run_path()))
             code = task(config)
         except UserError as error:
@@ -190,6 +191,17 @@ def refuse_beaten_groups(composed: Any, schema: Any) -> None:
                 f"{group}={choice} would be ignored: experiment={given['experiment']} sets {lost}; give the fields "
                 f"themselves: {mend}"
             )
+
+
+def refuse_unread(config: Any) -> None:
+    """Raises UserError for a setting that was typed and that this run does not read, as its `unused()` tells."""
+    from hydra.core.hydra_config import HydraConfig
+
+    for typed in HydraConfig.get().overrides.task:
+        name = typed.partition("=")[0].lstrip("+~")
+        for unused in getattr(config, "unused", set)():
+            if name == unused or name.startswith(f"{unused}."):
+                raise UserError(f"{typed}: this run does not read it; leave it out, or ask for what does")
 
 
 def unresolved(settings: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_curves_a_figure_and_pictures_are_left_and_the_same_command_attacks_noth
     assert set(yaml.safe_load((command.folder / "out/config.yaml").read_text())["suite"]["settings"]) == {
         *told["attacks"]
     }
-    again = command("evaluate", *asked, "suite.budget.queries=500", "suite.settings.noise.etas=[1.5]")
+    again = command("evaluate", *asked, "suite.budget.queries=500")
     assert again.code == 0 and again.out.count("done already") == 2
     before = (command.folder / "out/config.yaml").read_bytes()
     (judge,) = [one.partition("=")[2].strip("[']").replace(":", r"\:") for one in asked if one.startswith("judges")]
@@ -78,6 +78,7 @@ def test_a_model_with_a_vocabulary_is_asked_for_what_was_erased(command: Command
         (["checkpoint=null"], "nothing to attack"),
         (["checkpoint=nowhere"], "there is no file"),
         (["images_per_prompt=2"], "images_per_prompt=2 says nothing"),
+        (["suite.attacks=[noise]"], "suite.settings.soft_prompt.steps=2: this run does not read it"),
         (["prompts=null"], "has no vocabulary.json that knows 'cat'"),
         (["judges=[]"], "one judge of single pictures"),
         (["judges=[ssim]"], "one judge of single pictures"),

@@ -134,6 +134,10 @@ def test_self_attention_of_large_maps_is_left() -> None:
     )
     with pytest.raises(UserError, match=r"self_tokens=1\): .* has 16 image tokens or more.* allowed: from 16"):
         drawn("sd2-v", AttentionEdit("self", **some, self_tokens=1))
+    with pytest.raises(UserError, match=r"self_tokens=1\): .* allowed: from 16"):
+        drawn("sd2-v", AttentionEdit("cross + self", **some, self_tokens=1))
+    with pytest.raises(UserError, match=r"self_tokens=1\): .* so that none is replaced"):
+        drawn("sd3", AttentionEdit(TEXT["sd3"], **some, self_tokens=1))
     assert not close(*sizes) and not close(sizes[0], drawn("sd2-v"))
 
 

@@ -171,6 +171,10 @@ class EvaluateConfig(GenerateConfig):
             if value and name.split(".")[1] in ("attacks", "settings", "concept", "budget"):
                 raise UserError(f"{name}={value} says nothing to suite={self.suite.name}; set suite=attacks")
 
+    def unused(self) -> set[str]:
+        """Names of the settings that say nothing to the run asked for: of attacks that it does not run."""
+        return {f"suite.settings.{name}" for name in ATTACKS if name not in self.suite.attacks}
+
     def run_path(self) -> Path:
         """The run directory: as given, or named after the prompts and the checkpoint, or the canvas' method."""
         if self.suite.name == "emoji_canvas":

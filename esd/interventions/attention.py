@@ -227,8 +227,10 @@ class AttentionEdit(AttentionOp):
         for name, steps in self._ranges():
             if _some(steps):
                 check_schedule(f"AttentionEdit: {name}", _range(name, steps), sampling.num_steps)
+        selves = [site for site in sites if site.part != "cross"]
+        if selves and _some(self.self_replace_steps):
+            self._refuse_large(sampling, selves)
         if all(site.part == "self" for site in sites):
-            self._refuse_large(sampling, sites)
             return
         rows, source = sampling.taking(self)
         for row in rows:
