@@ -134,7 +134,8 @@ def test_contributions_of_the_base_in_all_layers_and_steps_are_the_base(tmp_path
     with checkpoint.erased(family.pipe, found):
         patched = restore.by_contribution(restorer("flux-dev", family), 1)
     assert [(r.kind, r.where) for r in patched] == [
-        ("contribution", "single.0"), ("contributions in steps", "1 to 3")
+        ("contribution", "single.0"), ("contributions of layers", "single.0 to single.0"),
+        ("contributions in steps", "1 to 3"),
     ]  # fmt: skip
     assert all(r.restoration == pytest.approx(1, abs=1e-3) for r in patched)
 
@@ -205,13 +206,34 @@ def test_parts_and_heads_add_up_to_what_changed(tmp_path: Path) -> None:
         inside = restore.attentions(family, tried.touched())
         assert len(inside) == 2
         heads = restore.by_head(tried, inside)
-        assert len(heads) == 2 and all("cross" in r.where and r.restoration != 0 for r in heads), "only what changed"
+        assert len(heads) == 4 and all("cross" in r.where and r.restoration != 0 for r in heads), "only what changed"
 
 
-@pytest.mark.parametrize(("name", "place"), [
+ATTENTIONS = [
     ("sd1", "mid_block.attentions.0.transformer_blocks.0.attn2"), ("flux-dev", "single_transformer_blocks.0.attn"),
     ("klein-base", "single_transformer_blocks.0.attn"), ("sd3.5", "transformer_blocks.0.attn"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "place"), ATTENTIONS)
+def test_a_head_that_changed_is_brought_back_by_its_weights_and_by_what_it_adds(
+    name: str, place: str, tmp_path: Path
+) -> None:
+    family = make(name)
+    (site,) = [site for site in _attentions(family) if site.path == place]
+    live = {key: value.detach().clone() for key, value in family.denoiser.named_parameters()}
+    own = [one.of_head(1) for one in slices.slices(family.denoiser, site) if one.heads]
+    seed = torch.Generator().manual_seed(0)
+    other = {key: value + torch.randn(value.shape, generator=seed) for key, value in live.items()}
+    found = saved(family, {key: v - live[key] for key, v in slices.mixed(live, other, own).items()}, tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        by = {(r.kind, r.where[-1]): r.restoration for r in restore.by_head(restorer(name, family), [site])}
+    assert by["head", "1"] == pytest.approx(1, abs=1e-4) and by["head", "0"] == 0, "it has nothing of head 0"
+    assert by["contribution of a head", "1"] == pytest.approx(1, abs=1e-3)
+    assert abs(by["contribution of a head", "0"]) < 0.9
+
+
+@pytest.mark.parametrize(("name", "place"), ATTENTIONS)
 @pytest.mark.parametrize("only", ["probabilities", "values"])
 def test_the_mechanism_tells_queries_and_keys_from_values(
     name: str, place: str, only: slices.Makes, tmp_path: Path

@@ -120,6 +120,14 @@ def test_every_contribution_of_another_model_makes_its_picture(name: str) -> Non
     assert close(patched, expected)
 
 
+def test_channels_of_an_input_are_patched_apart_or_together() -> None:
+    how: Any = {"source": Source(B, 1), "what": "input"}
+    low, high = (Patch("up.cross.out", **how, channels=part) for part in ((0, 4), (4, 8)))
+    found = [drawn("sd1"), *(drawn("sd1", *ops) for ops in ((low,), (high,), (low, high)))]
+    assert close(found[-1], drawn("sd1", Patch("up.cross.out", **how)))
+    assert not any(close(one, other) for i, one in enumerate(found) for other in found[:i])
+
+
 @every
 def test_leaving_everything_out_that_a_scale_of_zero_leaves_out(name: str) -> None:
     where = "ff" if name in UNETS else "double"
@@ -332,6 +340,11 @@ BAD = {
     "fractions such as": lambda: Skip("cross", steps=(0.0, 5.0)),
     "allowed: cond, uncond, both": lambda: Skip("cross", on="neither"),  # type: ignore[arg-type]
     "allowed: input, output": lambda: Record("cross", what="neither"),  # type: ignore[arg-type]
+    r"channels=\(4, 4\)\): allowed: numbers": lambda: Patch("cross.out", source=Source(B, 0), channels=(4, 4)),
+    "the input of a linear layer has some": lambda: Patch("cross", source=Source(B, 0), what="input", channels=(0, 4)),
+    r"\(0, 999\)\): the input of .* has": lambda: Patch(
+        "cross.out", source=Source(B, 0), what="input", channels=(0, 999)
+    ),
     "what='outptu'": lambda: Patch("cross", source=Source(B, 0), what="outptu"),  # type: ignore[arg-type]
     r"Scale\(activation=nan": lambda: Scale("cross", activation=NAN),
     r"Scale\(residual=inf": lambda: Scale("mid", residual=float("inf")),

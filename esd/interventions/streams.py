@@ -81,20 +81,32 @@ class Patch(SiteOp):
             one with other weights.
         what: the site's "input", its "output", or its "contribution" to what passes through. On a model that changed
             in one layer, patched outputs restore everything after that layer too; contributions tell layers apart.
+        channels: half-open range of those that are taken, of the input of linear layers; None for all. What one head
+            writes lies side by side in the input of its attention's output projection.
     """
 
     source: Source | int | Recording = field(default=0)
     what: What = "contribution"
+    channels: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for another name of `what`."""
+        """Raises UserError for another name of `what`, or a range of channels that holds none."""
         super().__post_init__()
         check_what(self, self.what)
+        if self.channels is not None and not 0 <= self.channels[0] < self.channels[1]:
+            raise UserError(f"Patch(channels={self.channels}): allowed: numbers such as (0, 32), the second larger")
 
     def check(self, site: Site) -> None:
-        """Raises UserError for a recording that lacks the site."""
+        """Raises UserError for a recording that lacks the site, and for channels that are not among its input's."""
         if isinstance(self.source, Recording):
             self.source.check(site, self.what)
+        width = getattr(site.module, "in_features", 0) if self.what == "input" else 0
+        if self.channels is not None and self.channels[1] > width:
+            has = f"the input of {site.label} has {width} of them" if width else "the input of a linear layer has some"
+            raise UserError(
+                f"Patch(what={self.what!r}, channels={self.channels}): {has}; allowed: such as Patch('cross.out', "
+                "what='input', channels=(0, 32))"
+            )
 
     def before(self, call: Call) -> Streams | None:
         """For what="input": the other run's."""
@@ -110,9 +122,14 @@ class Patch(SiteOp):
         return {name: call.inputs[name] + self._taken(call, name, added) for name in call.outputs}
 
     def _taken(self, call: Call, name: Stream, live: Mapping[Stream, Tensor]) -> Tensor:
-        if isinstance(self.source, Recording):
-            return self.source.batch(call, name, live[name])
-        return moved(live[name], call)
+        own = live[name]
+        taken = self.source.batch(call, name, own) if isinstance(self.source, Recording) else moved(own, call)
+        if self.channels is None:
+            return taken
+        inside = slice(*self.channels)
+        parted = own.clone()
+        parted[..., inside] = taken[..., inside]
+        return parted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,7 +165,7 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
     selection = fewest.suggestion(chosen, subject.checkpoint.provenance["selection"] if subject.checkpoint else "all")
     results.table("selection", [{"selection": selection, **r.row()} for r in (tried[-1], *held_out[2:])])
     drawings.layers(results, about.concept, ends, by_layer)
-    drawings.windows(results, about.concept, ends, by_window)
+    drawings.windows(results, about.concept, ends, by_window, "weights", "windows")
     drawings.steps(results, about.concept, ends, by_steps)
     drawings.parts(results, about.concept, ends, by_part)
     drawings.mechanism(results, held_out[:2], swapped)

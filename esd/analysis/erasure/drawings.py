@@ -124,12 +124,14 @@ def layers(results: Results, concept: str, ends: Sequence[Restored], found: Sequ
     )  # fmt: skip
 
 
-def windows(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
-    """Restoration and rate by the first and the last layer that has the base's weights."""
+def windows(
+    results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored], what: str, file: str
+) -> None:
+    """Restoration and rate by the first and the last layer that has `what` of the base."""
     firsts, lasts = (list(dict.fromkeys(r.where.split(" to ")[side] for r in found)) for side in (0, 1))
     measures = _measures(found)
     figure, axes = figures.panels(
-        1, len(measures), height=4.6, title=f"What brings “{concept}” back: the base's weights in a run of layers"
+        1, len(measures), height=4.6, title=f"What brings “{concept}” back: the base's {what} in a run of layers"
     )
     for ax, (value, name) in zip(axes, measures, strict=True):
         matrix = np.full((len(firsts), len(lasts)), np.nan)
@@ -148,20 +150,23 @@ def windows(results: Results, concept: str, ends: Sequence[Restored], found: Seq
         f"from {name}: " + ", ".join(f"{r.where.split(' to ')[side]} {_brief(r)}" for r in several)
         for name, several, side in (("the first to this", upper, 1), ("this to the last", lower, 0))
     ]
-    results.figure("windows", figure, f"{told(ends)} Layers, {'; '.join(rows)}.")
+    results.figure(file, figure, f"{told(ends)} The base's {what} in layers, {'; '.join(rows)}.")
 
 
 def contributions(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
-    """Restoration and rate by what is patched: one layer's contribution in all steps, all layers' in some."""
-    named = [
-        replace(r, where=r.where if r.kind == "contribution" else f"all, steps {r.where}") for r in found
-    ]  # fmt: skip
+    """Restoration and rate by what is patched: contributions of one layer, of a run of layers, of all in some steps."""
+    by_layer, by_window, by_steps = (
+        [r for r in found if r.kind == kind]
+        for kind in ("contribution", "contributions of layers", "contributions in steps")
+    )
     _bars(
-        results, "contributions", f"Contributions of the base's own run in the model without “{concept}”", {"": named},
-        f"{told(ends)} {_best('Of one layer,', [r for r in named if r.kind == 'contribution'], 'No one layer')} What "
-        "is patched in was made in a run that draws the concept, and holds its picture: it tells where the picture "
-        "goes through, and not only what was erased.",
+        results, "contributions", f"Contributions of the base's own run in the model without “{concept}”",
+        {"": [*by_layer, *(replace(r, where=f"all, steps {r.where}") for r in by_steps)]},
+        f"{told(ends)} {_best('Of one layer,', by_layer, 'No one layer')} What is patched in was made in a run that "
+        "draws the concept, and holds its picture: it tells where the picture goes through, and not only what was "
+        "erased.",
     )  # fmt: skip
+    windows(results, concept, ends, by_window, "contributions", "contributions-windows")
 
 
 def steps(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
@@ -202,12 +207,16 @@ def mechanism(results: Results, ends: Sequence[Restored], found: Sequence[Restor
 
 
 def heads(results: Results, concept: str, found: Sequence[Restored]) -> None:
-    """Restoration and rate by single heads of the attentions in the fewest layers."""
+    """Restoration and rate by single heads of the attentions in the fewest layers: their weights, what they add."""
+    kinds = {"its weights": "head", "what it adds in the base's own run": "contribution of a head"}
+    by = {name: [r for r in found if r.kind == kind] for name, kind in kinds.items()}
+    weights, added = by.values()
     if found:
         _bars(
-            results, "heads", f"What brings “{concept}” back: the base's weights in one head", {"": found},
-            f"{len(found)} heads that were trained, in the fewest layers. "
-            f"{_best('Of one head alone,', found, 'No head alone')}",
+            results, "heads", f"What brings “{concept}” back: one head of the base", by,
+            f"{len(weights)} heads that were trained, in the fewest layers. "
+            f"{_best('By the weights of one head alone,', weights, 'No head alone, by its weights,')} "
+            f"{_best('By what one head adds in a run of the base,', added, 'No head alone, by what it adds there,')}",
         )  # fmt: skip
 
 

@@ -152,24 +152,25 @@ def by_layer(restorer: Restorer) -> list[Restored]:
 
 
 def by_window(restorer: Restorer, most: int = 6) -> list[Restored]:
-    """Grafts of every window of consecutive layers, first to last; many layers are taken some at a time.
+    """Grafts of every window of consecutive layers, first to last; see `runs`."""
+    inside = runs(restorer.touched(), most)
+    return [restorer.graft("window", where, restorer.inside(sites)) for where, sites in inside.items()]
+
+
+def runs(sites: Sequence[Site], most: int = 6) -> dict[str, Sequence[Site]]:
+    """Every window of consecutive layers, by its first and last; many layers are taken some at a time.
 
     Args:
-        restorer: of the erased model.
+        sites: layers, in the order they run.
         most: groups of layers that a window begins and ends with.
     """
-    sites = restorer.touched()
     groups = np.array_split(np.arange(len(sites)), min(most, len(sites)))
-    found = []
-    for i, first in enumerate(groups):
-        for last in groups[i:]:
-            inside = sites[first[0] : last[-1] + 1]
-            found.append(restorer.graft("window", f"{inside[0].label} to {inside[-1].label}", restorer.inside(inside)))
-    return found
+    inside = [sites[first[0] : last[-1] + 1] for i, first in enumerate(groups) for last in groups[i:]]
+    return {f"{window[0].label} to {window[-1].label}": window for window in inside}
 
 
 def by_contribution(restorer: Restorer, windows: int) -> list[Restored]:
-    """Patches of each layer's contribution in all steps, and of all layers' in each window of steps."""
+    """Patches of the contributions of each layer, of windows of consecutive ones, and of all in windows of steps."""
     able = [site for site in restorer.touched() if not site.changes_shape]
     if not able:
         return []
@@ -180,6 +181,7 @@ def by_contribution(restorer: Restorer, windows: int) -> list[Restored]:
 
     return [
         *(patched("contribution", site.label, [site]) for site in able),
+        *(patched("contributions of layers", where, sites) for where, sites in runs(able).items()),
         *(patched("contributions in steps", between(scope), able, scope) for scope in cut(restorer.num_steps, windows)),
     ]
 
@@ -228,16 +230,38 @@ def by_part(restorer: Restorer) -> list[Restored]:
 
 
 def by_head(restorer: Restorer, attentions: Sequence[Site]) -> list[Restored]:
-    """Grafts of single heads of those attentions that changed: what of their weights is one head's own."""
-    denoiser = restorer.family.denoiser
-    live = dict(denoiser.named_parameters())
+    """Grafts and patches of single heads of those attentions that changed.
+
+    Grafted is what of the weights is one head's own. Patched is what a head adds: the base's values under the base's
+    probabilities, from the base's own run, by its columns of the base's output projection.
+    """
+    family, originals = restorer.family, restorer.originals
+    live = dict(family.denoiser.named_parameters())
+    every = {site: slices(family.denoiser, site) for site in attentions}
+    changed = {site: own for site, own in every.items() if any(one.name in originals and one.heads for one in own)}
+    outs = {site: [one for one in own if one.dim == 1] for site, own in changed.items()}
+    projections = {site: _modules(family, [one.module for one in outs[site]]) for site in changed}
+    recording = restorer.recorded([out for several in projections.values() for out in several], "input")
     found = []
-    for site in attentions:
-        own = [one for one in slices(denoiser, site) if one.name in restorer.originals and one.heads]
-        for head in range(own[0].heads if own else 0):
-            weights = mixed(live, restorer.originals, [one.of_head(head) for one in own])
-            found.append(restorer.graft("head", f"{site.label}, head {head}", weights))
+    for site, own in changed.items():
+        for head in range(outs[site][0].heads):
+            where, columns = f"{site.label}, head {head}", [one.of_head(head) for one in outs[site]]
+            grafted = mixed(live, originals, [one.of_head(head) for one in own if one.heads])
+            written = mixed(live, originals, columns)
+            ops: list[Op] = [Graft("all", weights=written)] if written else []
+            channels = columns[0].start, columns[0].stop
+            ops.append(Patch(projections[site], source=recording, what="input", channels=channels))
+            found += [
+                restorer.graft("head", where, grafted),
+                restorer.score("contribution of a head", where, restorer.draw(*ops)),
+            ]
     return found
+
+
+def _modules(family: Family, paths: Sequence[str]) -> list[Site]:
+    """Single modules of a denoiser as sites."""
+    modules = [family.denoiser.get_submodule(path) for path in paths]
+    return resolve(family, "all", lambda module: module in modules)
 
 
 def attentions(family: Family, sites: Sequence[Site]) -> list[Site]:

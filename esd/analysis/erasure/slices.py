@@ -53,6 +53,11 @@ class Slice:
         return replace(self, start=self.start + head * width, stop=self.start + (head + 1) * width, heads=1)
 
     @property
+    def module(self) -> str:
+        """Path of the module whose parameter it is."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def index(self) -> tuple[slice, ...]:
         """What takes it out of its parameter."""
         return (slice(None),) * self.dim + (slice(self.start, self.stop),)
