@@ -17,6 +17,7 @@ from esd.interventions import (
     AttentionMaps,
     AttentionOp,
     Call,
+    Guide,
     LocalBlend,
     Record,
     Reweight,
@@ -344,6 +345,26 @@ def test_the_size_of_maps_is_known_before(name: str) -> None:
         )
     assert all(known == found for grids in seen.values() for known, found in grids)
     assert all(len(grids) == 2 for grids in seen.values())
+
+
+def test_a_word_that_nothing_stands_for_in_the_source_cannot_have_its_attention() -> None:
+    edit = AttentionEdit("cross", source=Source("a cat", 0), how="refine", word_steps={"zebra": 0.5})
+    with pytest.raises(UserError, match=r"word_steps\['zebra'\] changes nothing, for nothing in 'a cat' stands for it"):
+        drawn("sd1", edit, prompts=("a zebra cat",))
+    drawn("sd1", AttentionEdit("cross", source=Source("a cat", 0), word_steps={"zebra": 0.5}), prompts=("a zebra",))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "pndm"])
+@pytest.mark.parametrize("guide", [True, False])
+def test_maps_count_each_step_once(solver: str, guide: bool) -> None:
+    """... whatever a solver of higher order, or a loss that is followed, evaluates besides."""
+    maps = AttentionMaps("mid.cross", by_step=True)
+    guided = [Guide(loss=lambda image: image.square().mean(), scale=1.0)] if guide else []
+    drawn("sd1", *guided, maps, num_steps=3, scheduler=solver)
+    heads = {key.step: count for key, count in maps.maps.counts.items()}
+    assert set(heads) == {0, 1, 2} and len(set(heads.values())) == 1
+    (site,) = resolve(shared("sd1"), "mid.cross", kind=is_attention)
+    assert heads[0] == site.module.heads
 
 
 def test_words_are_refused_where_nobody_told_the_prompt() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,14 +145,18 @@ def test_an_op_on_some_rows_leaves_the_others(rows: tuple[int, ...]) -> None:
     assert same == [row not in rows for row in range(2)]
 
 
-def test_an_op_on_one_pass_works_in_that_half_of_the_batch() -> None:
-    family = shared("sd1")
-    null = sample(family, [A], [0], num_steps=3, guidance_scale=3.0, null=B).latents
-    injected = drawn("sd1", InjectText("cross", source=Source(B, 0), on="uncond"))
-    other = Source(B, 0)  # its own uncond half reads the empty prompt, which changes nothing
-    assert close(injected, drawn("sd1"))
-    assert not close(drawn("sd1", InjectText("cross", source=other, on="cond")), drawn("sd1"))
-    assert not close(null, drawn("sd1"))
+@pytest.mark.parametrize("name", [name for name in GUIDANCE if shared(name).guidance == "cfg" and GUIDANCE[name] > 1])
+def test_an_op_on_one_pass_works_in_that_half_of_the_batch(name: str) -> None:
+    found = [drawn(name), *(drawn(name, Skip("ff", on=on)) for on in ("cond", "uncond", "both"))]
+    assert not any(close(one, other) for i, one in enumerate(found) for other in found[:i])
+
+
+def test_the_null_pass_is_that_of_the_null_prompt() -> None:
+    null, plain = Record("mid.ff", on="uncond"), Record("mid.ff", on="cond")
+    drawn("sd1", null, prompts=(A,))
+    drawn("sd1", plain, prompts=("",))
+    first, other = (record.recording.of("mid.0.attentions.0.block.0.ff")[0] for record in (null, plain))
+    assert close(first, other), "in the first step, where both have the same noise"
 
 
 SOLVERS = {
@@ -188,6 +193,20 @@ def test_the_clock_knows_the_one_step_of_turbo(stock: bool) -> None:
     else:
         drawn("sdxl-turbo", record, num_steps=1)
     assert {key[2:] for key in record.recording.values} == {(0, 0, ("cond",))}
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "klein-base"])
+def test_the_clock_knows_the_step_where_the_denoiser_is_told_a_rounded_time(name: str) -> None:
+    """bfloat16 has steps of 4 above 512, and the times of a hundred steps lie closer."""
+    family = make(name)
+    family.pipe.to(torch.bfloat16)
+    record = Record("double[0].ff & double.image", reduce=lambda x: x.flatten(1).norm(dim=1), on="cond")
+    with attach(family, record):
+        family.pipe(
+            prompt=A, num_inference_steps=100, guidance_scale=GUIDANCE[name], output_type="latent",
+            max_sequence_length=tiny.TOKENS,
+        )  # fmt: skip
+    assert [key.step for key in record.recording.values] == [*range(100)]
 
 
 def test_guidance_by_skipped_layers_evaluates_the_prompt_once_more() -> None:
@@ -254,6 +273,60 @@ def test_a_graft_holds_in_its_steps_only() -> None:
     )
     assert not close(half, drawn("sd1", family=family)) and not close(half, whole)
     assert close(whole, drawn("sd1", Graft("cross.v", weights=weights), family=family))
+
+
+def test_grafts_of_the_same_weights_take_turns() -> None:
+    family = make("sd1")
+    zeros = {name: torch.zeros_like(p) for name, p in family.denoiser.named_parameters()}
+    first, last = (Graft("cross.v", weights=zeros, steps=steps) for steps in ((0, 1), (2, 3)))
+    found = [drawn("sd1", *ops, family=family) for ops in ((), (first,), (last,), (first, last))]
+    assert not any(close(one, other) for i, one in enumerate(found) for other in found[:i])
+    assert torch.equal(drawn("sd1", last, first, family=family), found[-1])
+    whole = drawn("sd1", first, Graft("cross.v", weights=zeros, steps=(1, 3)), family=family)
+    assert torch.equal(whole, drawn("sd1", Graft("cross.v", weights=zeros), family=family))
+    twice = drawn("sd1", Graft("cross.v", weights=zeros), first, family=family)
+    assert torch.equal(twice, whole), "what one puts in, another does not take out"
+
+
+def test_weights_are_not_grafted_into_a_model_that_does_not_draw() -> None:
+    family = make("sd1")
+    zeros = {name: torch.zeros_like(p) for name, p in family.denoiser.named_parameters()}
+    with pytest.raises(UserError, match="Graft: it changes the family's own denoiser, and another is to draw"):
+        drawn("sd1", Graft("cross.v", weights=zeros), family=family, denoiser=make("sd1").denoiser)
+
+
+def test_ops_that_would_not_know_a_rollouts_passes_are_refused() -> None:
+    family = make("sd1")
+    with attach(family, Skip("cross", on="cond")), pytest.raises(UserError, match="give the ops to sample"):
+        drawn("sd1", family=family)
+    other = HeunDiscreteScheduler.from_config(family.pipe.scheduler.config)
+    with attach(family, Skip("cross", on="cond")), pytest.raises(UserError, match="scheduler was replaced"):
+        family.pipe.scheduler = other
+        family.pipe(A, num_inference_steps=2, output_type="latent")
+
+
+def test_a_recording_fits_a_sampling_like_its_own() -> None:
+    record = Record("mid.ff", what="contribution")
+    drawn("sd1", record, num_steps=2)
+    patch = Patch("mid.ff", source=record.recording)
+    drawn("sd1", patch, num_steps=2, seeds=(7,))
+    family, calls = make("sd1"), []
+    family.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    again = replace(patch, where="mid.ff", steps=(0, 2))
+    for told, op, how in (
+        ("steps=2, and here steps=4", patch, {"num_steps": 4}),
+        ("steps=2, and here steps=4", again, {"num_steps": 4}),
+        ("samples=1, and here samples=2", patch, {"num_steps": 2, "prompts": (A, B), "seeds": (0, 1)}),
+        ("on=both, and here on=cond", replace(patch, on="cond"), {"num_steps": 2}),
+    ):
+        with pytest.raises(UserError, match=told):
+            drawn("sd1", op, family=family, **how)
+    assert not calls
+    with pytest.raises(UserError, match=r"with latents=\(8, 8\), and here latents=\(16, 16\)"):
+        drawn("sd2-v", patch, num_steps=2)
+    record.recording.values = {key: value[..., :4] for key, value in record.recording.values.items()}
+    with pytest.raises(UserError, match=r", 4\) was recorded in step 0, .* models of one architecture"):
+        drawn("sd1", patch, num_steps=2)
 
 
 def test_a_recording_tells_layer_by_step() -> None:
@@ -459,11 +532,13 @@ def test_a_model_whose_hooks_would_miss_calls_is_refused() -> None:
     with pytest.raises(UserError, match="compiled"), attach(family, Skip("cross")):
         pass
     from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks import apply_first_block_cache
 
-    family = make("flux-dev")
-    family.denoiser.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(UserError, match="disable_cache"), attach(family, Skip("double")):
-        pass
+    for put_on in (lambda denoiser, how: denoiser.enable_cache(how), apply_first_block_cache):
+        family = make("flux-dev")
+        put_on(family.denoiser, FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(UserError, match="disable_cache"), attach(family, Skip("double")):
+            pass
 
 
 @every

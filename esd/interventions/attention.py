@@ -159,6 +159,8 @@ class AttentionMaps(AttentionOp):
 
     def attend(self, call: Call, attention: Attention) -> None:
         """Adds the maps; changes nothing."""
+        if call.moment.stage:
+            return  # each step counts once
         if self.resolution in (None, max(attention.layout.grid)):
             maps = token_maps(attention, call.positions)
             place, step = call.site.label if self.by_place else None, call.moment.step if self.by_step else None
@@ -222,7 +224,8 @@ class AttentionEdit(AttentionOp):
         return found
 
     def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
-        """See `Op.fits`; a share of the steps is none of them, a word is not in its prompt, or prompts do not align."""
+        """See `Op.fits`; a share of the steps is none of them, a word is not in its prompt or in both, or prompts do
+        not align."""
         super().fits(sampling, sites)
         for name, steps in self._ranges():
             if _some(steps):
@@ -237,7 +240,17 @@ class AttentionEdit(AttentionOp):
             if source is not None:
                 self._aligned(sampling.family, sampling.prompt(source), sampling.prompt(row))
             for word in self.word_steps:
-                positions_of(sampling.family, sampling.prompt(row), word)
+                at = positions_of(sampling.family, sampling.prompt(row), word)
+                if (
+                    source is not None
+                    and not self._aligned(sampling.family, sampling.prompt(source), sampling.prompt(row))
+                    .known[at]
+                    .any()
+                ):
+                    raise UserError(
+                        f"AttentionEdit: word_steps[{word!r}] changes nothing, for nothing in "
+                        f"{sampling.prompt(source)!r} stands for it; leave it out"
+                    )
 
     def renew(self) -> None:
         """Forgets alignments by another family's tokenizer."""

@@ -2,15 +2,15 @@
 
 Calls are never counted. Heun and PNDM call the denoiser more often than they step, SDE solvers skip calls, and a
 pipeline may evaluate its prompt in one batch with the null prompt or one after the other. So the step is read off the
-scheduler's own times, where a time that stands there twice is told apart by the steps taken, and the pass off the
-layout that the family and its pipeline have.
+scheduler's own times: the first is looked for, for a pipeline may begin in the middle and tells its denoiser a rounded
+time; after that it is the one that follows what was stepped from. The pass is read off the layout that the family and
+its pipeline have.
 """
 
 from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Moment:
         step: of the scheduler, 0 the first, `num_steps` after the last; None where nothing samples.
         num_steps: of the scheduler; None where nothing samples.
         stage: which evaluation of the step it is, 0 the first; solvers of higher order make several, and guidance by
-            skipped layers makes one more.
+            skipped layers or by a loss makes one more.
         passes: what the batch consists of, one after the other, each of `rows` samples.
         rows: samples.
         text_tokens: of each text, as the denoiser gets them; None where it gets none.
@@ -117,13 +117,21 @@ class Clock:
         self.runs, self._family = 0, family
         self._solver: Any = None
         self._passes: tuple[Pass, ...] | None = None  # told; else what the pipeline's settings say
-        self._steps_at: Counter[float] = Counter()  # scheduler steps taken from each time
+        self._next: int | None = None  # of the scheduler's times, the one after what was stepped from; None before that
         self._entry: int | None = None
+        self._extra = 0
         self._since_step = 0  # calls since the last step: pipelines with separate passes call twice
 
-    def tell(self, solver: Any, entry: int, passes: tuple[Pass, ...]) -> None:
-        """The next calls are made for entry `entry` of the solver's times, with these passes in each batch."""
-        self._solver, self._entry, self._passes = solver, entry, passes
+    def tell(self, solver: Any, entry: int, passes: tuple[Pass, ...], extra: int = 0) -> None:
+        """The next calls are made for entry `entry` of the solver's times, with these passes in each batch.
+
+        Args:
+            solver: the scheduler.
+            entry: index into its times.
+            passes: see `Moment`.
+            extra: added to the stage of calls that are not the solver's own.
+        """
+        self._solver, self._entry, self._passes, self._extra = solver, entry, passes, extra
 
     @contextmanager
     def following(self, solver: Any) -> Iterator[None]:
@@ -134,14 +142,13 @@ class Clock:
         @functools.wraps(begin)  # pipelines ask for its signature
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             self._solver, self._entry, self._passes, self._since_step = solver, None, None, 0
-            self._steps_at.clear()
+            self._next = None
             self.runs += 1
             return begin(*args, **kwargs)
 
         @functools.wraps(step)
         def stepped(prediction: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
-            self._steps_at[float(t)] += 1
-            self._since_step = 0
+            self._next, self._since_step = self._entry_of(float(t)) + 1, 0
             return step(prediction, t, *args, **kwargs)
 
         solver.set_timesteps, solver.step = set_timesteps, stepped
@@ -166,10 +173,13 @@ class Clock:
         passes: tuple[Pass, ...] = ("cond",) if skips_layers else self._passes or self._pipeline_passes()
         if self._solver is None:
             return Moment(None, None, 0, passes, batch // len(passes), text_tokens)
-        entry = self._entry if self._entry is not None else self._entry_of(float(torch.as_tensor(t).flatten()[0]))
+        entry = self._entry
+        if entry is None:
+            told = float(torch.as_tensor(t).flatten()[0]) * self._family.time_unit
+            entry = self._entry_of(told) if self._next is None else self._next
         begins = first_stages(self._solver)
         step = bisect_right(begins, entry) - 1 if entry < len(self._solver.timesteps) else len(begins)
-        stage = entry - begins[step] + skips_layers if step < len(begins) else 0
+        stage = entry - begins[step] + skips_layers + self._extra if step < len(begins) else 0
         return Moment(step, len(begins), stage, passes, batch // len(passes), text_tokens)
 
     @property
@@ -181,11 +191,9 @@ class Clock:
         return guides and bool(self._family.pipe.do_classifier_free_guidance)
 
     def _entry_of(self, t: float) -> int:
-        """Which of the scheduler's times t is; of equal ones, the one that follows the steps taken from it."""
-        apart = (self._solver.timesteps.float() - t * self._family.time_unit).abs()
-        equal = torch.nonzero(apart == apart.min()).flatten().tolist()
-        taken = self._steps_at[float(self._solver.timesteps[equal[0]])]
-        return int(equal[min(taken, len(equal) - 1)])
+        """The first of the scheduler's times that t is nearest to, among those not stepped from yet."""
+        begin = self._next or 0
+        return begin + int((self._solver.timesteps[begin:].float() - t).abs().argmin())
 
     def _pipeline_passes(self) -> tuple[Pass, ...]:
         """As the stock pipelines have it: one batch of both halves, or the prompt first and the null prompt after."""

@@ -31,6 +31,7 @@ class Graft(Op):
     _live: dict[str, torch.nn.Parameter] = field(init=False, repr=False, compare=False, default_factory=dict)
     _own: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
     _other: dict[str, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _is_in: list[bool] = field(init=False, repr=False, compare=False, default_factory=lambda: [False])
 
     @contextmanager
     def attached(self, family: Family) -> Iterator[None]:
@@ -59,6 +60,7 @@ class Graft(Op):
             yield
         finally:
             self._put(self._own)
+            self._is_in[0] = False
             for held in (self._live, self._own, self._other):
                 held.clear()
 
@@ -74,15 +76,23 @@ class Graft(Op):
                     "those of a model of the same architecture"
                 )
 
+    def leave(self, moment: Moment) -> None:
+        """Puts the own weights back where these held until now; before any other's are put in."""
+        if self._is_in[0] and not moment.within(self.steps):
+            self._put(self._own)
+            self._is_in[0] = False
+
     def begin(self, moment: Moment) -> None:
-        """Puts in the weights that hold in this step.
+        """Puts in the weights that hold in this step; where several grafts do, the last one's.
 
         Raises:
             UserError: gradients are recorded; blocks that are computed again on the way back would find other weights.
         """
         if torch.is_grad_enabled() and any(live.requires_grad for live in self._live.values()):
             raise UserError("Graft: weights cannot change places under gradients; sample under torch.no_grad()")
-        self._put(self._other if moment.within(self.steps) else self._own)
+        if moment.within(self.steps):
+            self._put(self._other)
+            self._is_in[0] = True
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, live in self._live.items():

@@ -13,9 +13,11 @@ rollout and tells the clock itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from .clock import Clock, Moment, Pass
 from .ops import AttentionOp, Call, Latents, Op, Predict, Sampling, Source, placed, source_of
 from .probabilities import Attention, Interception, Layout
 from .sites import Site, Streams, signature_of
+
+_CACHE = re.compile(r"cache|^fbc_|broadcast|taylorseer")  # in the names of hooks by which diffusers skips work
+_NONE = SimpleNamespace(hooks={})
 
 
 class Hooks:
@@ -45,6 +50,7 @@ class Hooks:
     ) -> None:
         self.clock, self.attention = Clock(family), Interception()
         self._family, self._sources, self._prompts = family, sources, prompts
+        self._scheduler = family.pipe.scheduler
         self._now: Moment | None = None
         self._begun: tuple[int, Sampling] | None = None  # which run of the scheduler, and what is known of it
         self._rollout: tuple[tuple[Pass, ...], Predict] | None = None
@@ -88,6 +94,8 @@ class Hooks:
 
     def begin(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the moment of a call of the denoiser."""
+        if self._family.pipe.scheduler is not self._scheduler:
+            raise UserError("pipe.scheduler was replaced inside of attach(...); replace it before, then attach")
         told = signature_of(type(denoiser).forward).bind(*args, **kwargs).arguments
         text = told.get("encoder_hidden_states")
         x = next(iter(told.values()))
@@ -99,6 +107,8 @@ class Hooks:
         self._begins(
             Sampling(self._family, now.num_steps, self.clock.guided, now.rows, latents, self._prompts, self._sources)
         )
+        for op, _ in self._ops:
+            op.leave(now)
         for op, _ in self._ops:
             op.begin(now)
 
@@ -162,7 +172,9 @@ class Hooks:
             if when.within(op.steps):
                 rows, source = self.sampling.taking(op)
                 taken = [] if source is None else [source] * len(rows)
+                self.clock.tell(solver, entry, passes, extra=1)  # of what the op itself evaluates
                 new = change(Latents(when, x, rows, taken, solver, t, predict, self._family))
+                self.clock.tell(solver, entry, passes)
                 x = x if new is None else placed(x, new, rows)
         return x
 
@@ -210,13 +222,20 @@ def attach(
         yield hooks
 
 
+def attached(denoiser: nn.Module) -> bool:
+    """Whether ops are in force on a denoiser."""
+    return any(getattr(hook, "__func__", None) is Hooks.begin for hook in denoiser._forward_pre_hooks.values())
+
+
 def refuse_unhookable(denoiser: nn.Module) -> None:
     """Raises UserError where hooks on a denoiser would not be called, or not at every step."""
     name = type(denoiser).__name__
-    if getattr(denoiser, "is_cache_enabled", False):
+    held = [name for module in denoiser.modules() for name in getattr(module, "_diffusers_hook", _NONE).hooks]
+    kept = ["enable_cache"] if getattr(denoiser, "is_cache_enabled", False) else [n for n in held if _CACHE.search(n)]
+    if kept:
         raise UserError(
-            f"{name} keeps results of earlier steps (enable_cache), so that interventions would miss calls; call "
-            "disable_cache() first"
+            f"{name} keeps results of earlier steps ({kept[0]}), so that interventions would miss calls; call "
+            "disable_cache() first, or load the model again"
         )
     compiled = [path for path, m in denoiser.named_modules() if m._compiled_call_impl is not None or _wrapped(m)]
     if compiled or _wrapped(denoiser):

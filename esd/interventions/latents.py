@@ -80,7 +80,7 @@ class LocalBlend(AttentionOp):
     def attend(self, call: Call, attention: Attention) -> None:
         """Adds both prompts' maps of the words; changes nothing."""
         grid = attention.layout.grid
-        if self.resolution not in (None, max(grid)):
+        if call.moment.stage or self.resolution not in (None, max(grid)):
             return
         for row in dict.fromkeys([*call.positions, *call.source]):
             prompt = call.prompt(row)

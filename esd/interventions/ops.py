@@ -207,6 +207,9 @@ class Op:
     def renew(self) -> None:
         """Called when a sampling begins: forgets what was kept of one before."""
 
+    def leave(self, moment: Moment) -> None:
+        """Called before each evaluation of the denoiser, of all ops before any begins."""
+
     def begin(self, moment: Moment) -> None:
         """Called before each evaluation of the denoiser."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from esd.errors import UserError
 
 from .clock import Pass
-from .ops import Call, Op, SiteOp, check_finite
+from .ops import Call, Op, Sampling, SiteOp, check_finite
 from .sites import Site, Stream, Streams
 
 What = Literal["input", "output", "contribution"]
@@ -33,6 +33,28 @@ class Key(NamedTuple):
         return cls(call.site.path, stream, call.moment.step, call.moment.stage, call.moment.passes)
 
 
+class Circumstances(NamedTuple):
+    """In what a sampling must be like another, for tensors of the one to stand in the other's places.
+
+    Attributes:
+        steps: of the scheduler; None where nothing samples.
+        samples: that the op works on.
+        on: the pass that it works on, of those there are.
+        latents: their (h, w).
+    """
+
+    steps: int | None
+    samples: int
+    on: str
+    latents: tuple[int, int]
+
+    @classmethod
+    def of(cls, sampling: Sampling, op: Op) -> Circumstances:
+        """Of an op in a sampling."""
+        on = op.on if sampling.guided else "cond"
+        return cls(sampling.num_steps, len(sampling.taking(op)[0]), on, sampling.latents)
+
+
 @dataclass
 class Recording:
     """Tensors that passed through sites.
@@ -45,6 +67,7 @@ class Recording:
             are those that the op was confined to, of each pass after the other. Outside of sampling, of the latest
             call.
         labels: path to the label of the site.
+        circumstances: of the sampling that they are of; None before there is one.
     """
 
     what: What
@@ -52,6 +75,7 @@ class Recording:
     whole: bool
     values: dict[Key, Tensor] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+    circumstances: Circumstances | None = None
 
     _bytes: int = 0
 
@@ -95,18 +119,28 @@ class Recording:
         if site.path not in self.labels:
             raise UserError(f"Patch: the recording holds nothing of {site.label}; record it with the same `where`")
 
+    def fits(self, now: Circumstances) -> None:
+        """Raises UserError unless it is of a sampling like this one."""
+        for name, there, here in zip(now._fields, self.circumstances or now, now, strict=True):
+            if there != here:
+                raise UserError(
+                    f"Patch: the recording is of a sampling with {name}={there}, and here {name}={here}; sample both "
+                    "runs alike, with as many prompts and steps, the same rows, pass and size"
+                )
+
     def batch(self, call: Call, stream: Stream, like: Tensor) -> Tensor:
         """A tensor as `like` (b, ...) with the recorded rows at the call's positions.
 
         Raises:
-            UserError: nothing was recorded in this step, or for another number of rows.
+            UserError: nothing was recorded in this step, or tensors of another shape.
         """
         kept = self.values.get(Key.of(call, stream))
-        if kept is None or len(kept) != len(call.positions):
-            seen = "nothing was" if kept is None else f"{len(kept)} rows were"
+        wanted = (len(call.positions), *like.shape[1:])
+        if kept is None or kept.shape != wanted:
+            seen = "nothing was" if kept is None else f"{tuple(kept.shape)} was"
             raise UserError(
-                f"Patch: of {call.site.label} {seen} recorded in step {call.moment.step}, {len(call.positions)} are "
-                "wanted; sample both runs alike, with the same prompts, steps, rows and pass"
+                f"Patch: of {call.site.label} {seen} recorded in step {call.moment.step}, {tuple(wanted)} is wanted; "
+                "sample both runs alike, with models of one architecture"
             )
         return like.index_copy(0, torch.tensor(call.positions, device=like.device), kept.to(like))
 
@@ -139,6 +173,11 @@ class Record(SiteOp):
         """Raises UserError for the contribution of a layer that changes shape."""
         if self.what == "contribution" and site.changes_shape:
             raise UserError(f"Record: {site.label} changes the shape of what goes through; record its output")
+
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; notes of what sampling the recording is."""
+        super().fits(sampling, sites)
+        self.recording.circumstances = Circumstances.of(sampling, self)
 
     def renew(self) -> None:
         """Forgets what it kept of another sampling."""

@@ -20,7 +20,8 @@ from esd.families import Family
 from esd.families.base import Denoiser
 from esd.trajectory import Trajectory, conditionings_of, first_stages, mixed, predict_many, rollout
 
-from .hooks import attach
+from .graft import Graft
+from .hooks import attach, attached
 from .ops import Op, Sampling, Source, source_of
 
 
@@ -69,7 +70,8 @@ def sample(
         denoiser: callable like the family's denoiser, such as a teacher view of it; None for that itself.
 
     Raises:
-        UserError: an op cannot work on this model, see `attach`, or in such a sampling, see `Op.fits`.
+        UserError: an op cannot work on this model, see `attach`, or in such a sampling, see `Op.fits`; or other ops
+            are attached, which would not know its passes and steps.
         ValueError: not as many seeds as prompts.
     """
     if len(prompts) != len(seeds):
@@ -78,6 +80,10 @@ def sample(
         raise UserError("no prompt to sample; give one")
     if not math.isfinite(guidance_scale):
         raise UserError(f"guidance_scale={guidance_scale}: allowed: a finite number; 1 or less is no guidance")
+    if attached(family.denoiser):
+        raise UserError("sample(...) inside of attach(...), which follows stock pipelines; give the ops to sample")
+    if denoiser is not None and any(isinstance(op, Graft) for op in ops):
+        raise UserError("Graft: it changes the family's own denoiser, and another is to draw; leave one of them out")
     sources = list(dict.fromkeys(s for op in ops if isinstance(s := source_of(op), Source)))
     rows = {source: len(prompts) + i for i, source in enumerate(sources)}
     every = [*prompts, *(source.prompt for source in sources)]

@@ -8,7 +8,7 @@ Source: antoniomari/diffusion-interpretability, whose operations on FLUX these a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from esd.errors import UserError
 
-from .ops import Call, SiteOp, Source, check_finite
-from .record import Recording, What, check_what
+from .ops import Call, Sampling, SiteOp, Source, check_finite
+from .record import Circumstances, Recording, What, check_what
 from .sites import Site, Stream, Streams
 
 
@@ -108,6 +108,12 @@ class Patch(SiteOp):
                 "what='input', channels=(0, 32))"
             )
 
+    def fits(self, sampling: Sampling, sites: Sequence[Site]) -> None:
+        """See `Op.fits`; a recording is of another sampling."""
+        super().fits(sampling, sites)
+        if isinstance(self.source, Recording):
+            self.source.fits(Circumstances.of(sampling, self))
+
     def before(self, call: Call) -> Streams | None:
         """For what="input": the other run's."""
         return {name: self._taken(call, name, call.inputs) for name in call.inputs} if self.what == "input" else None
@@ -168,9 +174,12 @@ class InjectText(SiteOp):
         check_finite(self, "weight", self.weight)
 
     def check(self, site: Site) -> None:
-        """Raises UserError where no text is read, or a weight is given and no text is returned."""
+        """Raises UserError where no text is read, where all samples read the same, or a weight is given and no text is
+        returned."""
         if site.reads is None:
             raise UserError(f"InjectText: {site.label} reads no text; name cross-attention, or blocks of a transformer")
+        if site.reads == "only" and self.on == "uncond":
+            raise UserError(f"InjectText(on='uncond'): {site.label} reads one null prompt in all samples; leave `on`")
         if site.reads == "only" and self.weight != 1:
             raise UserError(f"InjectText: {site.label} reads the text and adds nothing to it; leave weight=1")
 
