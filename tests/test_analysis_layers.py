@@ -1,5 +1,6 @@
 """analysis=layers: what its tables must say on models whose layers do what their formulas say."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,6 @@ def test_distances_of_one_picture_are_one_value() -> None:
     ([None] * 3, "No text flows"),
 ])  # fmt: skip
 def test_what_counts_more_is_told_where_intervals_part(seed: list[float | None], words: str) -> None:
-    told = dict(zip(("seed", "seed_low", "seed_high"), seed, strict=True))
     prompt = [0.25, None, None] if seed[0] and seed[1] is None else [0.25, 0.2, 0.3]
     row: dict[str, Any] = {"version": "base", "start": "double0"}
     for name, found in (("seed", seed), ("prompt", prompt)):
@@ -224,7 +224,7 @@ def test_what_passes_through_a_layer_is_what_the_one_before_it_left(analysed: tu
     sample(family, PROMPTS, [0, 0], left, num_steps=one.num_steps, guidance_scale=one.guidance_scale)
     rows = [row for row in table(folder / "activations.csv") if row["stream"] == "image"]
     labels = [site.label for site in all_layers(family)]
-    for before, after in zip(labels, labels[1:], strict=False):
+    for before, after in pairwise(labels):
         through = [float(row["through"]) for row in rows if row["layer"] == after]
         assert through == pytest.approx(left.recording.of(before).mean(1).tolist(), rel=1e-4)
 

@@ -252,7 +252,9 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
              for what in ("steps", "layers")}  # fmt: skip
     study.results.figure("sweep", figure, told_sweep(study, found))
     judged = found["steps"][0]["both"] is not None
-    panel, axes = figures.panels(1, 1 + judged, title="Attention replaced in a share of the steps, or of the layers")
+    panel, axes = figures.panels(
+        1, 1 + judged, title="Attention replaced in a share of the steps, or of the layers", height=4.8
+    )
     x = [0, *(100 * share for share in shares)]
 
     def drawn(ax: Axes, columns: Mapping[str, str], unit: str) -> None:
@@ -272,6 +274,9 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
     if judged:
         drawn(axes[1], {f"{side} side": side for side in ("changed", "kept")}, SEEN)
         axes[1].set_ylim(-0.03, 1.03)
+    for ax in axes:  # one for both, beside no curve
+        ax.get_legend().remove()
+    panel.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     study.results.figure("sweep-curves", panel, f"{told_sweep(study, found)} Bands: 95% intervals.")
 
 
@@ -305,7 +310,7 @@ def told_row(row: dict[str, Any]) -> str:
     text = " and ".join(estimates.told(row, side, 3) for side in sides)
     edit = row["edit"], row["value"]
     if control_of(edit) not in (edit, PLAIN):
-        text += f", picture by picture {estimates.told(row, f'{sides[-1]}_over', 3)} more than with no control"
+        text += f", against no control, picture by picture, {estimates.told(row, f'{sides[-1]}_over', 3)}"
         text += " on the kept side" * (len(sides) > 1)
     return text if row["both"] is None else f"{text}, what was asked for is seen on both in {told_rate(row, 'both')}"
 

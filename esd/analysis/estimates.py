@@ -1,4 +1,4 @@
-"""Numbers with their 95% intervals: means, correlations, quotients. Shares have Wilson's, see `esd.evaluation.metrics`."""
+"""Numbers with their 95% intervals: means, correlations, quotients; those of shares are in `esd.evaluation.metrics`."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def activations(study: Study, alone: Rows) -> Rows:
     for version in study.plain:
         sizes = study.drawn(version, "passed-and-added", lambda: layer_sizes(study))
         for stream, told_of in zip(STREAMS, sizes, strict=True):
-            if not np.isfinite(told_of).any():
+            if not np.isfinite(told_of).all(0).any():
                 continue
             share[version, stream] = told_of[1] / told_of[0]
             rows += [
