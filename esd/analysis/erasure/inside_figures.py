@@ -141,7 +141,7 @@ def attention(
         spread={side: np.array([one.half for one in by_side[side]], float) for side in ("base", "erased")},
     )  # fmt: skip
     sentence = "; ".join(
-        f"{group} {before.told(1)}% to {after.told(1)}%, changed by {change.told(1)}"
+        f"{group} {before.told(1)}% to {after.told(1)}%, changed by {change.told(1)} points"
         for group, before, after, change in zip(GROUPS, *by_side.values(), strict=True)
     )
     results.figure(
