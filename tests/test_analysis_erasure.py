@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,12 @@ def test_what_parts_say_otherwise_is_told_over_the_prompts() -> None:
     def over(*steps: list[float]) -> list[locate.Difference]:
         return [locate.Difference(part, i, 0.0, each, 0.0) for i, each in enumerate(steps)]
 
-    target, retained = over([0.2, 0.4, 0.9], [0.4, 0.8, 0.3]), over([0.1, 0.2, 0.3], [0.2, 0.4, 0.3])
+    target, retained = over([0.2, 0.4, 0.9], [0.4, 0.8, 0.3]), over([0.1, 0.2, 0.1], [0.2, 0.4, 0.3])
     assert [d.relative for d in target] == pytest.approx([0.5, 0.5])
-    assert locate.means(target) == {part.site.label: estimates.mean([0.3, 0.6, 0.6])}
-    found = locate.selectivity(target, retained)[part.site.label]
-    assert found == estimates.quotient([0.3, 0.6, 0.6], [0.15, 0.3, 0.3]) and found.value == pytest.approx(2)
+    label, each = part.site.label, ([0.3, 0.6, 0.6], [0.15, 0.3, 0.2])
+    assert astuple(locate.means(target)[label]) == pytest.approx(astuple(estimates.mean(each[0])))
+    found = locate.selectivity(target, retained)[label]
+    assert astuple(found) == pytest.approx(astuple(estimates.quotient(*each)))
     (row,) = erasure.told_parts([part], target, over([0.0] * 3))
     assert row["target_low"] < row["target"] < row["target_high"] and row["n"] == 3
     assert row["selectivity"] is row["selectivity_low"] is None, "nothing to be held against"
