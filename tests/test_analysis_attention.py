@@ -45,7 +45,7 @@ def test_what_is_seen_is_left_in_tables_and_figures(tmp_path: Path, monkeypatch:
                       ("no control", "replace"))  # fmt: skip
     for found, name in ((replaced, "moved"), (np.subtract(replaced, free), "moved_over")):
         told, expected = edits["replace", 0.8], estimates.mean(found).row(name)
-        assert {key: float(told[key]) for key in expected} == pytest.approx(expected, rel=1e-4)
+        assert {key: float(told[key]) for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert {edits[edit]["moved_over"] for edit in (("no control", 0.0), ("refined, no control", 0.0))} == {"0"}
     paths = table(tmp_path / "paths.csv")
     assert all(float(row["apart"]) == 0 for row in paths if row["step"] == "0" and row["edit"] != "another seed")

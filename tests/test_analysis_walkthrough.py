@@ -243,7 +243,7 @@ OF_ALL = {"schedule", "samplers", "strips", "img2img", "mixtures", "blue"}
 def test_what_a_model_has_is_shown_and_the_rest_left_out_in_words(
     name: str, figures: set[str], left_out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 8)
+    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 10)
     results = Results(tmp_path)
     walkthrough.analyse(subject(name, steps=2), results, **vars(WalkthroughConfig(**FEW)))
     assert set(results.captions) == {path.stem for path in tmp_path.glob("*.png")} == figures
@@ -297,7 +297,7 @@ def test_an_order_takes_two_numbers_of_calls_and_errors_that_are_some() -> None:
 
 
 def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 4)
+    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 10)
     erased_weights(command.folder / "weights/erased.safetensors")
     settings = [f"walkthrough.{key}={value}" for key, value in FEW.items()]
     fast = ("analysis=walkthrough", "model.path=base", "num_steps=2", "device=cpu", "checkpoint=weights", *settings)

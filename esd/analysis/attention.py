@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from . import estimates, figures
 from .begin import analysis
-from .edits import rate, told_rate, whiskers
+from .edits import band, column, rate, told_rate, whiskers
 from .heads import show_heads, site_of
 from .maps import Rows, show_maps
 from .results import Results
@@ -108,7 +108,7 @@ def edits_table(study: Drawn) -> Rows:
             for edit, (prompt, _) in study.knobs.edits(scene).items():
                 images = study.images(scene, edit, version)
                 seen = sides(study.subject, images, plain, scene, prompt)
-                moved = difference(images, plain)
+                apart = difference(images, plain)
                 far = study.subject.distance(plain, images)
                 for i, seed in enumerate(study.seeds):
                     read = dict.fromkeys(SIDED)
@@ -117,7 +117,7 @@ def edits_table(study: Drawn) -> Rows:
                         answers = (changed, kept, changed * kept, int(seen.was[i]), *seen.moved[i])
                         read = dict(zip(SIDED, answers, strict=True))
                     own = {"version": version, "prompt": prompt, "seed": seed, "edit": edit[0], "value": edit[1]}
-                    every.append(own | read | {"moved": moved[i], "distance": far[i]})
+                    every.append(own | read | {"moved": apart[i], "distance": far[i]})
     study.results.table("pictures", every)
     rows: Rows = []
     several: dict[tuple[str, Edit], Rows] = {}
@@ -128,9 +128,9 @@ def edits_table(study: Drawn) -> Rows:
         for name in RATES:
             told |= rate(name, given(mine, name))
         for name in FAR:
-            far, before = given(mine, name), given(several[version, control_of(edit)], name)
-            told |= mean(name, far)
-            told |= mean(f"{name}_over", [one - other for one, other in zip(far, before, strict=True)])
+            moved, before = given(mine, name), given(several[version, control_of(edit)], name)
+            told |= mean(name, moved)
+            told |= mean(f"{name}_over", [one - other for one, other in zip(moved, before, strict=True)])
         rows.append(told)
     study.results.table("edits", rows)
     return rows
@@ -263,10 +263,7 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
         }
         figures.lines(
             ax, x, {label: column(*of) for label, of in curves.items()}, x_name="share replaced (%)", y_name=unit,
-            spread={
-                label: (column(mine, f"{name}_low"), column(mine, f"{name}_high"))
-                for label, (mine, name) in curves.items()
-            },
+            spread={label: band(*of) for label, of in curves.items()},
         )  # fmt: skip
 
     drawn(axes[0], sided(found["steps"]), MOVED)
@@ -275,7 +272,8 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
         drawn(axes[1], {f"{side} side": side for side in ("changed", "kept")}, SEEN)
         axes[1].set_ylim(-0.03, 1.03)
     for ax in axes:  # one for both, beside no curve
-        ax.get_legend().remove()
+        if legend := ax.get_legend():
+            legend.remove()
     panel.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     study.results.figure("sweep-curves", panel, f"{told_sweep(study, found)} Bands: 95% intervals.")
 
@@ -284,11 +282,6 @@ def sided(rows: Rows) -> dict[str, str]:
     """Name of each side to the column of how far it moves; of the whole picture where sides are not known."""
     known = rows[0]["moved_changed"] is not None
     return {"changed side": "moved_changed", "kept side": "moved_kept"} if known else {"picture": "moved"}
-
-
-def column(rows: Rows, name: str) -> np.ndarray:
-    """A column of a table (rows,); nan where it has nothing."""
-    return np.array([row[name] for row in rows], float)
 
 
 def told_edits(study: Drawn, rows: Rows, edits: Sequence[Edit]) -> str:

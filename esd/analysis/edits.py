@@ -223,6 +223,16 @@ def rate(name: str, answers: Sequence[bool | int]) -> dict[str, float | None]:
     return {name: share, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
 
 
+def column(rows: Rows, name: str) -> np.ndarray:
+    """A column of a table (rows,); nan where it has nothing."""
+    return np.array([row[name] for row in rows], float)
+
+
+def band(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper ends of a column's intervals (rows,), nan where there is none."""
+    return column(rows, f"{name}_low"), column(rows, f"{name}_high")
+
+
 def whiskers(rows: Rows, name: str) -> np.ndarray:
     """How far the interval of a `rate` reaches below and above it in each row (2, rows)."""
     return np.array(

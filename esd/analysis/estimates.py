@@ -67,8 +67,10 @@ def correlation(x: Values, y: Values) -> Estimate | None:
     if n < 2 or not np.ptp(one) or not np.ptp(other):
         return None
     r = float(np.clip(np.corrcoef(one, other)[0, 1], -1, 1))
-    if n < 4 or abs(r) > 1 - 1e-9:
-        return Estimate(r, *((r, r) if n > 3 else (None, None)), n)
+    if n < 4:
+        return Estimate(r, None, None, n)
+    if abs(r) > 1 - 1e-9:
+        return Estimate(r, r, r, n)
     centre, half = math.atanh(r), 1.96 / math.sqrt(n - 3)
     return Estimate(r, math.tanh(centre - half), math.tanh(centre + half), n)
 

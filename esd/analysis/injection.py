@@ -18,6 +18,8 @@ from .edits import (
     KINDS,
     Rows,
     Study,
+    band,
+    column,
     draw_windows,
     mean_of,
     picked,
@@ -227,13 +229,10 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
     for ax, version in zip(axes, study.plain, strict=True):
         mine = [row for row in rows if row["version"] == version]
         figures.lines(
-            ax, range(len(names)), {name: np.array([row[key] for row in mine]) for name, key in curves.items()},
+            ax, range(len(names)), {name: column(mine, key) for name, key in curves.items()},
             x_name="first layer that reads it", y_name="distance (1 = as far as another prompt's)",
             title=version if len(study.plain) > 1 else "", ticks=names,
-            spread={
-                name: tuple(np.array([row[f"{key}_{end}"] for row in mine], float) for end in ("low", "high"))
-                for name, key in curves.items()
-            },
+            spread={name: band(mine, key) for name, key in curves.items()},
         )  # fmt: skip
         figures.from_zero(ax)
     counts = ", ".join(f"{rows[0][f'{key}_of']} {name}" for name, key in curves.items())

@@ -112,7 +112,7 @@ def attention(
     high, reach = max(float(found.max()) for found in maps), float(np.abs(change).max())
     with figures.style():
         figure = Figure(figsize=(figures.WIDTH, 6.0), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=(3.6, 2.4))
+        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(3.6, 2.4)).flat
         axes = upper.subplots(3, len(words), squeeze=False)
         for row, (name, found, look) in enumerate((
             ("base", maps[0], {"cmap": figures.MAP, "vmin": 0.0, "vmax": high}),

@@ -152,7 +152,7 @@ def _bars(
     )
     for ax, (value, name) in zip(axes, measures, strict=True):
         values = {group: np.array([value(r) for r in several]) for group, several in by.items()}
-        reach = {group: np.abs(_ends(several, value) - values[group]) for group, several in by.items()}
+        reach = {group: np.abs(np.array(_ends(several, value)) - values[group]) for group, several in by.items()}
         figures.bars(ax, labels if ax is axes[0] else [""] * len(labels), values, x_name=name, spread=reach)
         if value is _rate:
             ax.set_xlim(0, 101)
@@ -227,11 +227,12 @@ def _interval(result: Restored) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
-def _ends(found: Sequence[Restored], value: Measure) -> np.ndarray:
-    """The lower and upper ends of intervals (2, found), nan where there is none."""
-    if value is _rate:
-        return np.array([_interval(r) for r in found]).T
-    return np.array([[r.restoration_low, r.restoration_high] for r in found], float).T
+def _ends(found: Sequence[Restored], value: Measure) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper ends of intervals (found,), nan where there is none."""
+    low, high = zip(
+        *(_interval(r) if value is _rate else (r.restoration_low, r.restoration_high) for r in found), strict=True
+    )
+    return np.array(low, float), np.array(high, float)
 
 
 def _best(begin: str, found: Sequence[Restored], none: str) -> str:
