@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from esd.analysis import Results, Subject, attention, scenes
+from esd.analysis import Results, Subject, attention, estimates, scenes
 from esd.analysis.maps import heat_picture, label, left_share, shown_tokens
 from esd.config.analyses import AttentionConfig
 from esd.config.common import ModelConfig
@@ -16,6 +17,7 @@ from esd.errors import UserError
 from esd.evaluation.judges import load_judge
 from esd.evaluation.metrics import wilson
 from esd.evaluation.vocabulary import Vocabulary
+from esd.interventions import AttentionEdit
 from esd.model import load
 from tests.families import GUIDANCE, shared
 from tests.programs import Command, table
@@ -37,7 +39,14 @@ def test_what_is_seen_is_left_in_tables_and_figures(tmp_path: Path, monkeypatch:
     assert float(edits["the prompt", 0.0]["moved"]) == float(edits["reweight", 1.0]["moved"]) == 0
     assert float(edits["no control", 0.0]["moved"]) > 0 and edits["no control", 0.0]["changed"] == ""
     assert float(edits["steps", 1.0]["moved"]) == pytest.approx(float(edits["layers", 1.0]["moved"]), abs=0.003)
-    assert len(table(tmp_path / "pictures.csv")) == 2 * len(edits)
+    pictures = table(tmp_path / "pictures.csv")
+    assert len(pictures) == 2 * len(edits)
+    free, replaced = ([float(row["moved"]) for row in pictures if row["edit"] == name] for name in
+                      ("no control", "replace"))  # fmt: skip
+    for found, name in ((replaced, "moved"), (np.subtract(replaced, free), "moved_over")):
+        told, expected = edits["replace", 0.8], estimates.mean(found).row(name)
+        assert {key: float(told[key]) for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert {edits[edit]["moved_over"] for edit in (("no control", 0.0), ("refined, no control", 0.0))} == {"0"}
     paths = table(tmp_path / "paths.csv")
     assert all(float(row["apart"]) == 0 for row in paths if row["step"] == "0" and row["edit"] != "another seed")
     assert {row["edit"] for row in paths if float(row["apart"]) > 0} == {row["edit"] for row in paths}
@@ -62,7 +71,7 @@ def test_what_is_seen_is_left_in_tables_and_figures(tmp_path: Path, monkeypatch:
 def test_a_pair_holds_what_the_subject_draws_whatever_the_batch(name: str, tmp_path: Path) -> None:
     family, scale = shared(name), GUIDANCE[name]
     places = scenes.places_of(family, None)
-    knobs = scenes.Knobs(places, scenes.with_selves(places), 1.0, 1.0, 0.3, None, [0.5, 1.0], [1.0, 2.0])
+    knobs = scenes.Knobs(places, scenes.with_selves(places), 1.0, 1.0, 256, 0.3, None, [0.5, 1.0], [1.0, 2.0])
     drawn = []
     for size in (4, 32):
         subject = Subject(family, num_steps=3, guidance_scale=scale, batch_size=size)
@@ -79,6 +88,24 @@ def test_a_pair_holds_what_the_subject_draws_whatever_the_batch(name: str, tmp_p
     assert small.maps.shape[0] == 3 and len(small.by_place) == len(places) and small.maps.ndim == 4
 
 
+def test_self_attention_is_replaced_where_it_is_as_small_as_asked_for(tmp_path: Path) -> None:
+    subject = Subject(shared("sd1"), num_steps=2, guidance_scale=3.0)
+    told = settings(self_tokens=1)
+    with pytest.raises(UserError, match=r"self_tokens=1\): .* allowed: from 16"):
+        attention.analyse(subject, Results(tmp_path / "few"), **told)
+    places = scenes.places_of(subject.family, None)
+    edits = {
+        tokens: scenes.Knobs(places, scenes.with_selves(places), 0.5, 1.0, tokens, 0.3, None, [], []).edits(SCENE)
+        for tokens in (16, 256)
+    }
+    drawn = {}
+    for tokens, ops in edits.items():
+        prompt, (op,) = ops["replace + self", 1.0]
+        assert isinstance(op, AttentionEdit) and op.self_tokens == tokens
+        drawn[tokens] = subject.draw([SCENE.prompt, prompt], [0, 0], dataclasses.replace(op, rows=(1,)))[1]
+    assert (drawn[16] != drawn[256]).any()
+
+
 def test_heads_are_of_one_attention_that_reads_text(tmp_path: Path) -> None:
     subject = Subject(shared("sd1"), num_steps=1, guidance_scale=3.0)
     for where, told in (
@@ -93,7 +120,9 @@ def test_heads_are_of_one_attention_that_reads_text(tmp_path: Path) -> None:
 
 def test_words_that_two_encoders_read_are_told_apart(tmp_path: Path) -> None:
     subject = Subject(shared("sd3"), num_steps=1, guidance_scale=3.0)
-    study = scenes.Drawn(subject, Results(tmp_path), [SCENE], [0], scenes.Knobs([], "", 1.0, 1.0, 0.3, None, [], []))
+    study = scenes.Drawn(
+        subject, Results(tmp_path), [SCENE], [0], scenes.Knobs([], "", 1.0, 1.0, 256, 0.3, None, [], [])
+    )
     words = [label(study, SCENE, i, text) for i, text in shown_tokens(study, SCENE)]
     assert {"cat\nCLIP", "cat\nT5"} <= set(words) and len(set(words)) == len(words)
 
@@ -104,7 +133,7 @@ def test_on_the_bundled_model_words_have_their_sides_and_the_judge_reads_both(tm
     subject = Subject(family, None, Vocabulary.load(path), load_judge(path), num_steps=5, seed=1)
     scene = scenes.Scene("a cat and a rose", "a dog and a rose", "a cat and a rose in the mosaic style")
     places = scenes.places_of(family, None)
-    knobs = scenes.Knobs(places, scenes.with_selves(places), 0.8, 0.4, 0.3, 8, [1.0], [1.0])
+    knobs = scenes.Knobs(places, scenes.with_selves(places), 0.8, 0.4, 256, 0.3, 8, [1.0], [1.0])
     study = scenes.Drawn(subject, Results(tmp_path), [scene], [1], knobs)
     (pair,) = study.pairs(scene)
     share = {text: left_share(pair.maps.mean(0)[i]) for i, text in shown_tokens(study, scene)}

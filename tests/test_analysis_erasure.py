@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esd import checkpoint
-from esd.analysis import Results, Subject, erasure
+from esd.analysis import Results, Subject, erasure, estimates
 from esd.analysis.erasure import fewest, gaze, leak, locate, mechanism, restore, slices
 from esd.analysis.erasure.asked import question
 from esd.analyze import analyze
@@ -22,7 +23,7 @@ from esd.evaluation.vocabulary import Vocabulary
 from esd.families import Family
 from esd.interventions import blocks, layers, resolve, sample
 from esd.interventions.sites import is_attention
-from tests.families import GUIDANCE, make
+from tests.families import GUIDANCE, make, shared
 from tests.programs import table
 
 PROMPTS, SEEDS = ["a cat", "the cat in mosaic style"], [0, 1]
@@ -74,7 +75,35 @@ def test_a_change_is_found_where_it_is_and_nowhere_else(name: str, tmp_path: Pat
     moved = {part.site.path for part in parts if part.moved}
     assert moved and all(f"{path}.".startswith(LAST[name]) for path in moved)
     assert {d.part.site.path for d in seen} == moved and {d.step for d in seen} == {0, 1, 2}
-    assert all(d.relative > 1e-3 for d in seen)
+    assert all(min(d.each) > 1e-3 and len(d.each) == len(PROMPTS) for d in seen)
+
+
+def test_what_parts_say_otherwise_is_told_over_the_prompts() -> None:
+    part = locate.Part(resolve(shared("sd1"), "mid.cross")[0], "mid", 1.0)
+
+    def over(*steps: list[float]) -> list[locate.Difference]:
+        return [locate.Difference(part, i, 0.0, each, 0.0) for i, each in enumerate(steps)]
+
+    target, retained = over([0.2, 0.4, 0.9], [0.4, 0.8, 0.3]), over([0.1, 0.2, 0.1], [0.2, 0.4, 0.3])
+    assert [d.relative for d in target] == pytest.approx([0.5, 0.5])
+    label, each = part.site.label, ([0.3, 0.6, 0.6], [0.15, 0.3, 0.2])
+    assert astuple(locate.means(target)[label]) == pytest.approx(astuple(estimates.mean(each[0])))
+    found = locate.selectivity(target, retained)[label]
+    assert astuple(found) == pytest.approx(astuple(estimates.quotient(*each)))
+    (row,) = erasure.told_parts([part], target, over([0.0] * 3))
+    assert row["target_low"] < row["target"] < row["target_high"] and row["n"] == 3
+    assert row["selectivity"] is row["selectivity_low"] is None, "nothing to be held against"
+
+
+def test_a_restoration_is_told_over_the_pictures(tmp_path: Path) -> None:
+    family, found = changed("sd1", "mid_block", tmp_path)
+    with checkpoint.erased(family.pipe, found):
+        tried = restorer("sd1", family)
+    half = tried.score("", "", (tried.y_base + tried.y_erased) / 2)
+    assert (half.restoration, half.restoration_low, half.restoration_high) == pytest.approx((0.5,) * 3, abs=1e-5)
+    one = tried.score("", "", torch.stack([tried.y_base[0], tried.y_erased[1]])).row()
+    expected = estimates.mean([1.0, 0.0]).row("restoration")
+    assert {key: one[key] for key in expected} == pytest.approx(expected)
 
 
 def test_an_earlier_change_is_not_taken_for_a_later_ones(tmp_path: Path) -> None:
@@ -151,6 +180,7 @@ def test_the_fewest_layers_are_held_against_chance_in_other_pictures(tmp_path: P
     assert {r.n for r in told} == {4}, "whole rounds of the prompts"
     sets = [frozenset(r.where.split(" + ")) for r in told[2:]]
     assert len(set(sets)) == 4 and {len(labels) for labels in sets} == {2}
+    assert [fewest.shared(told[2], r) for r in told[2:]] == [2, *(len(sets[0] & other) for other in sets[1:])]
     assert [r.kind for r in every][2:] == ["other seeds, chosen"], "there is no other set of all layers"
 
 
@@ -372,6 +402,9 @@ def test_the_whole_analysis_leaves_tables_and_figures_and_is_not_done_twice(name
     assert {row["source"] for row in rows["probes.csv"]} == {"image"}, "no other word is known"
     assert {row["model"] for row in rows["probes.csv"]} == {"base", "erased", "shuffled"}
     assert family.select(rows["selection.csv"][0]["selection"]).names, "the suggestion can be trained"
+    assert [row["shared"] for row in rows["selection.csv"]] == ["1", "1"], "the one layer that there is"
+    captions = (tmp_path / "out" / "captions.md").read_text(encoding="utf-8")
+    assert captions.count("95% intervals over n = 2 prompts") >= 2 and "nan" not in captions
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "kept").iterdir()}
     erasure.analyse(subject, Results(tmp_path / "out"), **settings)
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "kept").iterdir()}

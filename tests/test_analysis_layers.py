@@ -1,5 +1,6 @@
 """analysis=layers: what its tables must say on models whose layers do what their formulas say."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from esd.analysis.edits import (
     whiskers,
     windows,
 )
-from esd.analysis.injection import LITTLE, carried, shortest
-from esd.analysis.layers import furthest_alone, lost
+from esd.analysis.injection import LITTLE, carried, depends, of_each_picture, shortest
+from esd.analysis.layers import furthest_alone, goes_with, lost, rms
 from esd.config.analyses import LayersConfig
 from esd.errors import UserError
 from esd.evaluation.metrics import wilson
-from esd.interventions import InjectText, Source, resolve
+from esd.interventions import InjectText, Record, Source, resolve, sample
 from esd.interventions import layers as all_layers
 from tests import tiny
 from tests.families import GUIDANCE, shared
@@ -88,6 +89,32 @@ def test_another_prompt_in_all_layers_of_a_unet_is_that_prompt_whatever_seed_it_
     else:
         assert all(float(row["seed"]) >= 0 for row in starts)
     assert float(starts[0]["prompt"]) > 0
+    for curve, of in (("own", 2), ("prompt", 1)) if name == "sd1" else (("own", 4), ("prompt", 2), ("seed", 2)):
+        for row in starts:
+            assert (row[f"{curve}_n"], row[f"{curve}_of"]) == ("2", str(of)), "pictures, and distances of each"
+            assert float(row[f"{curve}_low"]) <= float(row[curve]) <= float(row[f"{curve}_high"])
+
+
+def test_distances_of_one_picture_are_one_value() -> None:
+    found = of_each_picture("own", [np.array([1.0, 3.0, 5.0]), np.array([3.0, 3.0, 3.0])])
+    assert (found["own"], found["own_n"], found["own_of"]) == (3.0, 3, 2)
+    assert (found["own_low"], found["own_high"]) == pytest.approx((3 - 4.3027 / 3**0.5, 3 + 4.3027 / 3**0.5), rel=1e-4)
+    assert set(of_each_picture("seed", []).values()) == {None}
+
+
+@pytest.mark.parametrize(("seed", "words"), [
+    ([0.5, 0.4, 0.6], "it is the seed of the other run that counts more"),
+    ([0.1, 0.0, 0.19], "it is the prompt of the other run that counts more"),
+    ([0.3, 0.2, 0.4], "which of the two counts more towards the end is not shown"),
+    ([0.9, None, None], "which of the two counts more towards the end is not shown"),
+    ([None] * 3, "No text flows"),
+])  # fmt: skip
+def test_what_counts_more_is_told_where_intervals_part(seed: list[float | None], words: str) -> None:
+    prompt = [0.25, None, None] if seed[0] and seed[1] is None else [0.25, 0.2, 0.3]
+    row: dict[str, Any] = {"version": "base", "start": "double0"}
+    for name, found in (("seed", seed), ("prompt", prompt)):
+        row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+    assert words in depends([row, row])
 
 
 def test_the_last_single_block_of_flux_does_not_know_the_weight_of_its_text(analysed: tuple[str, Path]) -> None:
@@ -186,6 +213,29 @@ def test_activations_are_told_of_every_layer_stream_and_step(analysed: tuple[str
     assert {row["stream"] for row in rows} == ({"image"} if name == "sd1" else {"image", "text"})
     image = [row for row in rows if row["stream"] == "image"]
     assert len(image) == 2 * len(all_layers(shared(name))) and all(float(row["through"]) > 0 for row in image)
+
+
+def test_what_passes_through_a_layer_is_what_the_one_before_it_left(analysed: tuple[str, Path]) -> None:
+    name, folder = analysed
+    if name != "sd3":
+        pytest.skip("has layers with others between them, or tokens that are joined")
+    family, one = shared(name), subject(name)
+    left = Record(where(all_layers(family)), what="output", reduce=rms, on="cond")
+    sample(family, PROMPTS, [0, 0], left, num_steps=one.num_steps, guidance_scale=one.guidance_scale)
+    rows = [row for row in table(folder / "activations.csv") if row["stream"] == "image"]
+    labels = [site.label for site in all_layers(family)]
+    for before, after in pairwise(labels):
+        through = [float(row["through"]) for row in rows if row["layer"] == after]
+        assert through == pytest.approx(left.recording.of(before).mean(1).tolist(), rel=1e-4)
+
+
+def test_whether_layers_that_add_more_matter_more_is_told_where_it_is_shown() -> None:
+    share = np.arange(8.0)
+    assert "without layers that add more it moves further" in goes_with(share, list(share + [0, 1] * 4))
+    assert "it moves less far" in goes_with(share, list(-share + [0, 1] * 4))
+    told_of = goes_with(share, [1, 0, 0, 1, 0, 1, 1, 0])
+    assert "n = 8 layers" in told_of and "does not show that the two go together, nor that they do not" in told_of
+    assert goes_with(share[:3], [1, 2, 3]) == goes_with(share, [1.0] * 8) == ""
 
 
 def test_windows_are_all_runs_of_a_length_each_once() -> None:

@@ -8,6 +8,7 @@ import pytest
 import esd.analysis
 from esd.config.analyze import ANALYSES
 from tests import tiny
+from tests.programs import erased_weights
 
 PAGES = Path(__file__).parents[1] / "docs/analysis"
 LOADED = re.compile(r"\w+\.from_pretrained\([^)]*\)")
@@ -28,11 +29,12 @@ def test_every_analysis_has_a_page_with_its_command_and_figures_that_are_there()
         assert all((PAGES / figure).is_file() for figure in figures)
 
 
-@pytest.mark.parametrize("name", ["layers", "attention", "walkthrough", "representations"])
+@pytest.mark.parametrize("name", ANALYSES)
 def test_the_lines_of_python_on_the_page_make_a_figure(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    erased_weights(tmp_path / "runs/cat/erased.safetensors")
     written = code((PAGES / f"{name}.md").read_text(encoding="utf-8"))
     assert len([line for line in written.splitlines() if line and "import" not in line]) <= 10
     exec(compile(written, f"{name}.md", "exec"), {"pipe": tiny.pipeline()})

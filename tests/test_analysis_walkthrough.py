@@ -29,9 +29,10 @@ from esd.analysis.walkthrough import (
     walk,
     with_new_word,
 )
-from esd.analysis.walkthrough.sampling_figures import falling
+from esd.analysis.walkthrough.sampling_figures import falling, show_samplers
 from esd.analysis.walkthrough.solvers import order
-from esd.analysis.walkthrough.walker import share_seen
+from esd.analysis.walkthrough.walker import Walk, share_seen
+from esd.analysis.walkthrough.word_figures import told_swap
 from esd.config.analyses import WalkthroughConfig
 from esd.errors import UserError
 from esd.evaluation.pixels import images_of
@@ -78,6 +79,31 @@ def test_samplers_solve_one_equation(make_it: Any) -> None:
         assert float(errors(end(sampler, 10), exact)) < 0.7 * off, sampler
     calls = {s: solve(family, noise, cond, sampler=s, num_steps=4, guidance_scale=0.0)[1] for s in ("ddim", "heun")}
     assert calls == {"ddim": 5, "heun": 7} and family.pipe.scheduler is own
+
+
+@pytest.mark.parametrize(("name", "steps"), [("sd1", 250), ("flux-dev", 400)])
+def test_what_errors_are_held_against_is_itself_off_by_far_less(
+    name: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", steps)
+    results = Results(tmp_path)
+    show_samplers(Walk(subject(name), results, A, B, [0]), ["ddim", "heun"], [5, 10, 20])
+    (held,) = table(tmp_path / "reference.csv")
+    least = min(float(row["error"]) for row in table(tmp_path / "samplers.csv"))
+    assert 0 < float(held["apart"]) < 0.2 * least
+    assert (
+        f"{float(held['apart']):.2g} away (dotted), the least error shown is {least:.2g}"
+        in results.captions["samplers"]
+    )
+
+
+@pytest.mark.parametrize(("apart", "words"), [
+    (0, "the prompt draws what 'a dog' draws: pictures differ by at most 0 of 255."),
+    (2, "the prompt draws what 'a dog' draws: pictures differ by at most 2 of 255."),
+    (3, "the prompt does not draw what 'a dog' draws: pictures differ by up to 3 of 255."),
+])  # fmt: skip
+def test_whether_another_words_embedding_is_that_word_is_told_by_the_pictures(apart: int, words: str) -> None:
+    assert told_swap("a dog", apart) == words
 
 
 @every
@@ -217,7 +243,7 @@ OF_ALL = {"schedule", "samplers", "strips", "img2img", "mixtures", "blue"}
 def test_what_a_model_has_is_shown_and_the_rest_left_out_in_words(
     name: str, figures: set[str], left_out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 8)
+    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 10)
     results = Results(tmp_path)
     walkthrough.analyse(subject(name, steps=2), results, **vars(WalkthroughConfig(**FEW)))
     assert set(results.captions) == {path.stem for path in tmp_path.glob("*.png")} == figures
@@ -271,7 +297,7 @@ def test_an_order_takes_two_numbers_of_calls_and_errors_that_are_some() -> None:
 
 
 def test_an_erased_model_learns_from_what_the_base_draws(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 4)
+    monkeypatch.setattr("esd.analysis.walkthrough.solvers.REFERENCE_STEPS", 10)
     erased_weights(command.folder / "weights/erased.safetensors")
     settings = [f"walkthrough.{key}={value}" for key, value in FEW.items()]
     fast = ("analysis=walkthrough", "model.path=base", "num_steps=2", "device=cpu", "checkpoint=weights", *settings)

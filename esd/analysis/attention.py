@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from . import figures
+from . import estimates, figures
 from .begin import analysis
-from .edits import rate, told_rate, whiskers
+from .edits import band, column, rate, told_rate, whiskers
 from .heads import show_heads, site_of
 from .maps import Rows, show_maps
 from .results import Results
@@ -40,6 +41,7 @@ MOVED = "difference to the unedited picture\n(root mean square, 0 to 1)"
 SEEN = "share of pictures in which the judge\nsees what was asked for"
 RATES = ("changed", "kept", "both", "was")  # columns that are shares of pictures
 SIDED = ("changed", "kept", "both", "was", "moved_changed", "moved_kept")  # columns that tell of sides
+FAR = ("moved_changed", "moved_kept", "moved", "distance")  # columns that are distances
 APART = "difference to the unedited picture\n(root mean square, noise has 1)"
 
 
@@ -57,6 +59,7 @@ def analyse(
     heads: str | None,
     cross_replace: float,
     self_replace: float,
+    self_tokens: int,
     threshold: float,
     shares: Sequence[float],
     weights: Sequence[float],
@@ -75,14 +78,16 @@ def analyse(
         heads: the attention whose heads are shown one by one; None for that which tells the sides of words apart best.
         cross_replace: share of the steps in which attention to the text is replaced.
         self_replace: the same for attention of the image to itself.
+        self_tokens: most image tokens of an attention of which that is replaced.
         threshold: of local blend.
         shares: of steps and of layers in a sweep.
         weights: of the word that `replaced` replaces.
     """
     places = places_of(subject.family, where)
     knobs = Knobs(
-        places, with_selves(places), cross_replace, self_replace, threshold, resolution, shares, sorted({1.0, *weights})
-    )
+        places, with_selves(places), cross_replace, self_replace, self_tokens, threshold, resolution, shares,
+        sorted({1.0, *weights}),
+    )  # fmt: skip
     scenes = [Scene(*texts) for texts in zip(prompts, replaced, refined, strict=True)]
     study = Drawn(subject, results, scenes, subject.seeds(pictures), knobs)
     site_of(study, heads)  # tells whether there is one
@@ -103,7 +108,7 @@ def edits_table(study: Drawn) -> Rows:
             for edit, (prompt, _) in study.knobs.edits(scene).items():
                 images = study.images(scene, edit, version)
                 seen = sides(study.subject, images, plain, scene, prompt)
-                moved = difference(images, plain)
+                apart = difference(images, plain)
                 far = study.subject.distance(plain, images)
                 for i, seed in enumerate(study.seeds):
                     read = dict.fromkeys(SIDED)
@@ -112,18 +117,30 @@ def edits_table(study: Drawn) -> Rows:
                         answers = (changed, kept, changed * kept, int(seen.was[i]), *seen.moved[i])
                         read = dict(zip(SIDED, answers, strict=True))
                     own = {"version": version, "prompt": prompt, "seed": seed, "edit": edit[0], "value": edit[1]}
-                    every.append(own | read | {"moved": moved[i], "distance": far[i]})
+                    every.append(own | read | {"moved": apart[i], "distance": far[i]})
     study.results.table("pictures", every)
     rows: Rows = []
-    for version, edit, value in dict.fromkeys((row["version"], row["edit"], row["value"]) for row in every):
-        mine = [row for row in every if (row["version"], row["edit"], row["value"]) == (version, edit, value)]
-        own = {"version": version, "edit": edit, "value": value, "n": len(mine)}
-        means = {name: mean(mine, name) for name in list(every[0])[5:]}
-        given = {name: [row[name] for row in mine if row[name] is not None] for name in RATES}
-        intervals = {key: value for name in RATES for key, value in rate(name, given[name]).items()}
-        rows.append(own | means | intervals)
+    several: dict[tuple[str, Edit], Rows] = {}
+    for row in every:
+        several.setdefault((row["version"], (row["edit"], row["value"])), []).append(row)
+    for (version, edit), mine in several.items():
+        told = {"version": version, "edit": edit[0], "value": edit[1], "n": len(mine)}
+        for name in RATES:
+            told |= rate(name, given(mine, name))
+        for name in FAR:
+            moved, before = given(mine, name), given(several[version, control_of(edit)], name)
+            told |= mean(name, moved)
+            told |= mean(f"{name}_over", [one - other for one, other in zip(moved, before, strict=True)])
+        rows.append(told)
     study.results.table("edits", rows)
     return rows
+
+
+def control_of(edit: Edit) -> Edit:
+    """What is drawn of the same prompt with its attention as it is."""
+    refined = ("refined, no control", 0.0)
+    return {PLAIN[0]: PLAIN, OTHER_SEED[0]: PLAIN, "reweight": PLAIN, "refined, no control": refined,
+            "refine": refined, "refine + self": refined}.get(edit[0], NO_CONTROL)  # fmt: skip
 
 
 def show_paths(study: Drawn) -> Rows:
@@ -185,10 +202,14 @@ def show_edits(study: Drawn, rows: Rows) -> None:
     judged = found[0]["both"] is not None
     figure, axes = figures.panels(1, 1 + judged, title="What edits change and what they keep", height=4.6)
     names = [edit for edit, _ in shown]
-    figures.bars(axes[0], names, moved_of(found), x_name=MOVED)
+    sides = sided(found)
+    figures.bars(
+        axes[0], names, {side: column(found, name) for side, name in sides.items()}, x_name=MOVED,
+        spread={side: whiskers(found, name) for side, name in sides.items()} if found[0]["n"] > 1 else None,
+    )  # fmt: skip
     if judged:
-        seen = {f"{side} side": np.array([row[side] for row in found]) for side in ("changed", "kept")}
-        seen |= {"both": np.array([row["both"] for row in found])}
+        seen = {f"{side} side": column(found, side) for side in ("changed", "kept")}
+        seen |= {"both": column(found, "both")}
         reach = {name: whiskers(found, name.removesuffix(" side")) for name in seen}
         figures.bars(axes[1], names, seen, x_name=SEEN, spread=reach)
     for ax in axes:  # beside no bar
@@ -231,52 +252,60 @@ def show_sweep(study: Drawn, rows: Rows) -> None:
              for what in ("steps", "layers")}  # fmt: skip
     study.results.figure("sweep", figure, told_sweep(study, found))
     judged = found["steps"][0]["both"] is not None
-    panel, axes = figures.panels(1, 1 + judged, title="Attention replaced in a share of the steps, or of the layers")
+    panel, axes = figures.panels(
+        1, 1 + judged, title="Attention replaced in a share of the steps, or of the layers", height=4.8
+    )
     x = [0, *(100 * share for share in shares)]
 
-    share = "share replaced (%)"
-    curves = {f"{part}, over {what}": y for what, mine in found.items() for part, y in moved_of(mine).items()}
-    figures.lines(axes[0], x, curves, x_name=share, y_name=MOVED)
+    def drawn(ax: Axes, columns: Mapping[str, str], unit: str) -> None:
+        curves = {
+            f"{side}, over {what}": (mine, name) for what, mine in found.items() for side, name in columns.items()
+        }
+        figures.lines(
+            ax, x, {label: column(*of) for label, of in curves.items()}, x_name="share replaced (%)", y_name=unit,
+            spread={label: band(*of) for label, of in curves.items()},
+        )  # fmt: skip
+
+    drawn(axes[0], sided(found["steps"]), MOVED)
     figures.from_zero(axes[0])
     if judged:
-        curves = {
-            f"{side} side, over {what}": np.array([row[side] for row in mine])
-            for what, mine in found.items()
-            for side in ("changed", "kept")
-        }
-        bands = {
-            f"{side} side, over {what}": (
-                np.array([row[f"{side}_low"] for row in mine]), np.array([row[f"{side}_high"] for row in mine])
-            )
-            for what, mine in found.items()
-            for side in ("changed", "kept")
-        }  # fmt: skip
-        figures.lines(axes[1], x, curves, x_name=share, y_name=SEEN, spread=bands)
+        drawn(axes[1], {f"{side} side": side for side in ("changed", "kept")}, SEEN)
         axes[1].set_ylim(-0.03, 1.03)
-    study.results.figure("sweep-curves", panel, told_sweep(study, found))
+    for ax in axes:  # one for both, beside no curve
+        if legend := ax.get_legend():
+            legend.remove()
+    panel.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    study.results.figure("sweep-curves", panel, f"{told_sweep(study, found)} Bands: 95% intervals.")
 
 
-def moved_of(rows: Rows) -> dict[str, np.ndarray]:
-    """How far pictures move, on each side where sides are known."""
+def sided(rows: Rows) -> dict[str, str]:
+    """Name of each side to the column of how far it moves; of the whole picture where sides are not known."""
     known = rows[0]["moved_changed"] is not None
-    parts = {"changed side": "moved_changed", "kept side": "moved_kept"} if known else {"picture": "moved"}
-    return {part: np.array([row[name] for row in rows]) for part, name in parts.items()}
+    return {"changed side": "moved_changed", "kept side": "moved_kept"} if known else {"picture": "moved"}
 
 
 def told_edits(study: Drawn, rows: Rows, edits: Sequence[Edit]) -> str:
     """What edits change and keep, in a sentence."""
     found = [row_of(rows, edit) for edit in edits]
     parts = [f"{row['edit']}: {told_row(row)}" for row in found]
-    where = " on the changed and on the kept side" if found[0]["both"] is not None else ""
-    return f"Difference to the unedited picture (root mean square, 0 to 1){where}. {'; '.join(parts)}. {study.told}."
+    return f"{measured(found)}. {'; '.join(parts)}. {study.told}."
+
+
+def measured(rows: Rows) -> str:
+    """What the numbers of `told_row` are."""
+    where = " on the changed and on the kept side" if rows[0]["both"] is not None else ""
+    return f"Difference to the unedited picture (root mean square, 0 to 1){where}, with its 95% interval"
 
 
 def told_row(row: dict[str, Any]) -> str:
-    """What one edit changes and keeps."""
-    if row["both"] is None:
-        return f"{row['moved']:.3f}"
-    moved = f"{row['moved_changed']:.3f} and {row['moved_kept']:.3f}"
-    return f"{moved}, what was asked for is seen on both in {told_rate(row, 'both')}"
+    """What one edit changes and keeps, and how much further the kept side then moves than without it."""
+    sides = ["moved"] if row["both"] is None else ["moved_changed", "moved_kept"]
+    text = " and ".join(estimates.told(row, side, 3) for side in sides)
+    edit = row["edit"], row["value"]
+    if control_of(edit) not in (edit, PLAIN):
+        text += f", against no control, picture by picture, {estimates.told(row, f'{sides[-1]}_over', 3)}"
+        text += " on the kept side" * (len(sides) > 1)
+    return text if row["both"] is None else f"{text}, what was asked for is seen on both in {told_rate(row, 'both')}"
 
 
 def told_sweep(study: Drawn, found: Mapping[str, Rows]) -> str:
@@ -284,8 +313,7 @@ def told_sweep(study: Drawn, found: Mapping[str, Rows]) -> str:
     parts = [f"with none of the attention replaced {told_row(found['steps'][0])}"]
     for what, mine in found.items():
         parts += [f"in {row['value']:.0%} of the {what} {told_row(row)}" for row in (mine[len(mine) // 2], mine[-1])]
-    where = " on the changed and on the kept side" if found["steps"][0]["both"] is not None else ""
-    return f"Difference to the unedited picture (root mean square, 0 to 1){where}: {'; '.join(parts)}. {study.told}."
+    return f"{measured(found['steps'])}: {'; '.join(parts)}. {study.told}."
 
 
 def row_of(rows: Rows, edit: Edit) -> dict[str, Any]:
@@ -293,7 +321,11 @@ def row_of(rows: Rows, edit: Edit) -> dict[str, Any]:
     return next(row for row in rows if (row["version"], row["edit"], row["value"]) == ("base", *edit))
 
 
-def mean(rows: Rows, name: str) -> float | None:
-    """Of a column, over the rows that have a value; None where none has."""
-    values = [row[name] for row in rows if row[name] is not None]
-    return float(np.mean(values)) if values else None
+def given(rows: Rows, name: str) -> list[Any]:
+    """A column, of the rows that have a value."""
+    return [row[name] for row in rows if row[name] is not None]
+
+
+def mean(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """{name, name_low, name_high}: a mean and its 95% interval; None of none."""
+    return estimates.mean(values).row(name) if values else dict.fromkeys([name, f"{name}_low", f"{name}_high"])

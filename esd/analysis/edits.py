@@ -14,7 +14,7 @@ from esd.evaluation.vocabulary import DOMAINS
 from esd.families import Family
 from esd.interventions import InjectText, Op, Site, Skip, Source, layers, resolve
 
-from . import figures
+from . import estimates, figures
 from .results import Results
 from .subject import Subject
 
@@ -183,10 +183,10 @@ def _by_kind(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(KINDS), -1, *images.shape[1:])
 
 
-def mean_of(moved: np.ndarray) -> dict[str, float]:
-    """The mean of distances (n,), and half the width of its 95% interval."""
-    half = 1.96 * float(moved.std(ddof=1)) / len(moved) ** 0.5 if len(moved) > 1 else 0.0
-    return {"moved": float(moved.mean()), "interval": half}
+def mean_of(moved: np.ndarray) -> dict[str, float | None]:
+    """The mean of distances (n,), and half the width of its 95% interval; None of one."""
+    found = estimates.mean(moved)
+    return {"moved": found.value, "interval": found.half}
 
 
 def picked(values: Iterable[int], count: int) -> list[int]:
@@ -221,6 +221,16 @@ def rate(name: str, answers: Sequence[bool | int]) -> dict[str, float | None]:
     n = len(answers)
     share, low, high = (sum(answers) / n, *wilson(sum(answers), n)) if n else (None, None, None)
     return {name: share, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
+
+
+def column(rows: Rows, name: str) -> np.ndarray:
+    """A column of a table (rows,); nan where it has nothing."""
+    return np.array([row[name] for row in rows], float)
+
+
+def band(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper ends of a column's intervals (rows,), nan where there is none."""
+    return column(rows, f"{name}_low"), column(rows, f"{name}_high")
 
 
 def whiskers(rows: Rows, name: str) -> np.ndarray:

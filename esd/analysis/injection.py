@@ -12,12 +12,14 @@ import numpy as np
 
 from esd.interventions import CrossSeed, InjectText, Op, Scale, Source
 
-from . import figures
+from . import estimates, figures
 from .edits import (
     ACROSS,
     KINDS,
     Rows,
     Study,
+    band,
+    column,
     draw_windows,
     mean_of,
     picked,
@@ -210,19 +212,16 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
         for i in range(last + 1):
             drawn = np.array([study.injected(version, few, i, last, run) for run in runs])  # (seed, kind, n, ...)
 
-            def apart(one: Sequence[np.ndarray], other: Sequence[np.ndarray], unit: float = plain.unit) -> float:
-                pairs = zip(one, other, strict=True)
-                return float(np.mean([study.subject.distance(a, b) / unit for a, b in pairs]))
+            def apart(one: np.ndarray, other: np.ndarray, unit: float = plain.unit) -> np.ndarray:
+                return study.subject.distance(one, other) / unit
 
-            rows.append(
-                {
-                    "version": version, "start": names[i],
-                    "own": float(np.mean([plain.moved(images, few) for run in drawn for images in run])),
-                    "prompt": apart([run[0] for run in drawn], [run[1] for run in drawn]),
-                    "seed": apart(drawn[0], drawn[1]) if study.flows else None,
-                    "n": len(few) * len(runs) * len(KINDS),
-                }
-            )  # fmt: skip
+            far = {
+                "own": [plain.moved(images, few) for run in drawn for images in run],
+                "prompt": [apart(*run) for run in drawn],
+                "seed": [apart(*kind) for kind in drawn.swapaxes(0, 1)] if study.flows else [],
+            }
+            told_of = [of_each_picture(name, several) for name, several in far.items()]
+            rows.append({"version": version, "start": names[i]} | told_of[0] | told_of[1] | told_of[2])
     study.results.table("start", rows)
     curves = {"from the unedited picture": "own", "between two other prompts": "prompt"}
     curves |= {"between two seeds of the other run": "seed"} if study.flows else {}
@@ -230,30 +229,50 @@ def from_a_layer_on(study: Study, few: np.ndarray) -> Rows:
     for ax, version in zip(axes, study.plain, strict=True):
         mine = [row for row in rows if row["version"] == version]
         figures.lines(
-            ax, range(len(names)), {name: np.array([row[key] for row in mine]) for name, key in curves.items()},
+            ax, range(len(names)), {name: column(mine, key) for name, key in curves.items()},
             x_name="first layer that reads it", y_name="distance (1 = as far as another prompt's)",
             title=version if len(study.plain) > 1 else "", ticks=names,
+            spread={name: band(mine, key) for name, key in curves.items()},
         )  # fmt: skip
         figures.from_zero(ax)
-    study.results.figure("start", figure, f"{depends(study, rows)} n = {rows[0]['n']} for each start; {told(study)}.")
+    counts = ", ".join(f"{rows[0][f'{key}_of']} {name}" for name, key in curves.items())
+    study.results.figure(
+        "start", figure,
+        f"{depends(rows)} Bands: 95% intervals, of n = {len(few)} pictures for each start and curve; of each picture "
+        f"the mean of so many distances: {counts}. {told(study)}.",
+    )  # fmt: skip
     return rows
 
 
-def depends(study: Study, rows: Rows) -> str:
-    """What pictures depend on, the later the other text comes in."""
+def of_each_picture(name: str, several: Sequence[np.ndarray]) -> dict[str, float | None]:
+    """{name, name_low, name_high, name_n, name_of}: the mean of distances over n pictures, each with as many of them.
+
+    Args:
+        name: of the distances.
+        several: distances (n,), of the same pictures each; none where there are none.
+    """
+    if not several:
+        return dict.fromkeys([f"{name}{end}" for end in ("", "_low", "_high", "_n", "_of")])
+    found = estimates.mean(np.mean(several, axis=0))
+    return found.row(name) | {f"{name}_n": found.n, f"{name}_of": len(several)}
+
+
+def depends(rows: Rows) -> str:
+    """What base pictures depend on, the later the other text comes in; what of it counts more, where that is shown."""
     base = [row for row in rows if row["version"] == "base"]
+    first, last = base[0], base[-1]
     text = (
-        f"From {base[0]['start']} on, two other prompts leave pictures {base[0]['prompt']:.2f} apart; in "
-        f"{base[-1]['start']} alone {base[-1]['prompt']:.2f}. "
+        f"From {first['start']} on, two other prompts leave pictures {estimates.told(first, 'prompt')} apart; in "
+        f"{last['start']} alone {estimates.told(last, 'prompt')}. "
     )
-    if not study.flows:
+    if last["seed"] is None:
         return text + "No text flows from layer to layer here, so that the other run's seed plays no part."
-    holds = base[-1]["prompt"] < base[-1]["seed"]
-    return text + (
-        f"Two seeds of the other run leave them {base[0]['seed']:.2f} apart from the first layer on and "
-        f"{base[-1]['seed']:.2f} in the last: towards the end it is {'the seed' if holds else 'the prompt'} of the "
-        "other run that counts more."
-    )
+    text += f"Two seeds of the other run leave them {estimates.told(first, 'seed')} apart from the first layer on and "
+    text += f"{estimates.told(last, 'seed')} in the last: "
+    for more, less in (("seed", "prompt"), ("prompt", "seed")):
+        if last[f"{less}_high"] is not None and last[f"{less}_high"] < last[f"{more}_low"]:
+            return f"{text}towards the end it is the {more} of the other run that counts more."
+    return f"{text}which of the two counts more towards the end is not shown."
 
 
 def with_another_seed(study: Study, few: np.ndarray) -> Rows:

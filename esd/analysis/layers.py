@@ -27,7 +27,7 @@ from esd.errors import UserError
 from esd.interventions import Record, layers, sample
 from esd.interventions.sites import STREAMS
 
-from . import figures
+from . import estimates, figures
 from .begin import analysis
 from .edits import (
     ACROSS,
@@ -90,13 +90,13 @@ def analyse(
     others = [dict(zip(prompts, told, strict=True)) for told in (other_things, other_styles)]
     study = Study(subject, results, prompts, pictures, dict(zip(KINDS, others, strict=True)))
     few = study.first(window_pictures)
-    without_layers(study)
+    alone = without_layers(study)
     without_windows(study, few, lengths)
     suggest(study, with_other_prompts(study, few, lengths))
     from_a_layer_on(study, few)
     with_another_seed(study, few)
     with_weighed_text(study, few, weights)
-    activations(study)
+    activations(study, alone)
 
 
 def without_layers(study: Study) -> Rows:
@@ -144,7 +144,7 @@ def draw_vitality(study: Study, rows: Rows) -> None:
     )
     figures.bars(
         axes[0], names, {v: np.array([row["moved"] for row in found]) for v, found in every.items()}, x_name=UNIT,
-        spread={v: np.array([row["interval"] for row in found]) for v, found in every.items()},
+        spread={v: np.array([row["interval"] for row in found], float) for v, found in every.items()},
     )  # fmt: skip
     if judged:
         shares, reach = dict[str, np.ndarray](), dict[str, np.ndarray]()
@@ -237,21 +237,26 @@ def furthest(rows: Rows) -> str:
     )
 
 
-def activations(study: Study) -> Rows:
-    """Measures what passes through layers and what each adds, step by step: activations.csv, activations.png."""
+def activations(study: Study, alone: Rows) -> Rows:
+    """Measures what passes through layers and what each adds, step by step: activations.csv, activations.png.
+
+    Args:
+        study: the model.
+        alone: what `without_layers` says, which the added shares are held against.
+    """
     subject, names = study.subject, [short(site) for site in study.layers]
     rows: Rows = []
     share: dict[tuple[str, str], np.ndarray] = {}
     for version in study.plain:
-        sizes = study.drawn(version, "sizes", lambda: layer_sizes(study))
+        sizes = study.drawn(version, "passed-and-added", lambda: layer_sizes(study))
         for stream, told_of in zip(STREAMS, sizes, strict=True):
-            if not np.isfinite(told_of).any():
+            if not np.isfinite(told_of).all(0).any():
                 continue
             share[version, stream] = told_of[1] / told_of[0]
             rows += [
                 {"version": version, "layer": study.layers[i].label, "stream": stream, "step": step,
                  "through": told_of[0, i, step], "added": told_of[1, i, step]}
-                for i, step in np.argwhere(np.isfinite(told_of[0]))
+                for i, step in np.argwhere(np.isfinite(told_of).all(0))
             ]  # fmt: skip
     study.results.table("activations", rows)
     several = len(study.plain) > 1
@@ -267,21 +272,33 @@ def activations(study: Study) -> Rows:
         unit="added / passed through", title="image, base",
     )  # fmt: skip
     mean = image.mean(1)
+    moved = [row["moved"] for row in alone if row["version"] == "base" and row["layer"]]
     study.results.figure(
         "activations", figure,
         f"{names[int(np.argmax(mean))]} adds {'most' if len(names) > 1 else 'this much'} to the image stream, "
         f"{mean.max():.2f} of what passes through it"
         + (f", {names[int(np.argmin(mean))]} least ({mean.min():.2f})" if len(names) > 1 else "")
-        + f". n = {min(len(study.texts), subject.batch_size)} pictures.",
+        + f". {goes_with(mean, moved)}n = {min(len(study.texts), subject.batch_size)} pictures.",
     )  # fmt: skip
     return rows
 
 
+def goes_with(share: np.ndarray, moved: Sequence[float]) -> str:
+    """Whether layers that add more are those without which the picture moves further; nothing of too few layers."""
+    found = estimates.correlation(share, moved)
+    if found is None or found.low is None or found.high is None:
+        return ""
+    text = f"Over n = {found.n} layers it correlates with how far the picture moves without the layer by {found.told()}"
+    if found.low <= 0 <= found.high:
+        return f"{text}, which does not show that the two go together, nor that they do not. "
+    return f"{text}: without layers that add more it moves {'further' if found.low > 0 else 'less far'}. "
+
+
 def layer_sizes(study: Study) -> np.ndarray:
-    """Root mean squares (streams, 2, layers, steps) of what leaves a layer and what it added; nan where none is."""
+    """Root mean squares (streams, 2, layers, steps) of what comes to a layer and what it adds; nan where none is."""
     subject, count = study.subject, study.subject.batch_size
     everywhere = where(study.layers)
-    records = [Record(everywhere, what=what, reduce=rms, on="cond") for what in ("output", "contribution")]
+    records = [Record(everywhere, what=what, reduce=rms, on="cond") for what in ("input", "contribution")]
     sample(
         subject.family, study.texts[:count], study.seeds[:count], *records,
         num_steps=subject.num_steps, guidance_scale=subject.guidance_scale,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class Knobs:
         selves: expression of those in which the image attends to itself.
         cross_replace: share of the steps in which attention to the text is replaced.
         self_replace: the same for attention of the image to itself.
+        self_tokens: most image tokens of an attention of which that is replaced.
         threshold: of local blend.
         resolution: of its maps, in image tokens; None for all.
         shares: of steps and of layers in a sweep.
@@ -70,6 +72,7 @@ class Knobs:
     selves: str
     cross_replace: float
     self_replace: float
+    self_tokens: int
     threshold: float
     resolution: int | None
     shares: Sequence[float]
@@ -84,14 +87,13 @@ class Knobs:
         """Name of each edit to its prompt and ops, which take from row 0 of the batch."""
         steps, image = self.cross_replace, self.self_replace
         swap = AttentionEdit(self.where, source=0, cross_replace_steps=steps)
-        both = AttentionEdit(self.selves, source=0, cross_replace_steps=steps, self_replace_steps=image)
+        selves: dict[str, Any] = {"self_replace_steps": image, "self_tokens": self.self_tokens}
+        both = AttentionEdit(self.selves, source=0, cross_replace_steps=steps, **selves)
         blend = LocalBlend(
             self.where, source=0, words=scene.swapped, threshold=self.threshold, resolution=self.resolution
         )
         refine = AttentionEdit(self.where, source=0, how="refine", cross_replace_steps=steps)
-        refine_both = AttentionEdit(
-            self.selves, source=0, how="refine", cross_replace_steps=steps, self_replace_steps=image
-        )
+        refine_both = AttentionEdit(self.selves, source=0, how="refine", cross_replace_steps=steps, **selves)
         found: dict[Edit, tuple[str, tuple[Op, ...]]] = {
             PLAIN: (scene.prompt, ()), OTHER_SEED: (scene.prompt, ()), NO_CONTROL: (scene.replaced, ()),
             ("replace", steps): (scene.replaced, (swap,)),

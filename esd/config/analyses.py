@@ -118,6 +118,12 @@ class AttentionConfig(AnalysisSettings):
         0.8, "share of the steps, from the first, in which attention to the text is replaced", above=0, at_most=1
     )
     self_replace: float = option(0.4, "the same for attention of the image to itself", above=0, at_most=1)
+    self_tokens: int = option(
+        256,
+        "most image tokens of an attention of the image to itself of which that is replaced, as in the paper's code; "
+        "1024 takes in those of SDXL at 1024 px that have the fewest",
+        at_least=1,
+    )
     threshold: float = option(0.3, "of local blend's mask, in shares of the largest attention", at_least=0, at_most=1)
     shares: list[float] = option(
         [0.2, 0.4, 0.6, 0.8, 1.0], "of the steps, and of the layers, that are replaced in a sweep", above=0, at_most=1

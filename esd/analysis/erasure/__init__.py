@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 from esd import checkpoint
+from esd.analysis import estimates
 from esd.analysis.begin import analysis
 from esd.analysis.results import Results
 from esd.analysis.subject import Subject
 from esd.evaluation.pixels import images_of
 from esd.interventions import layers, token_texts
 
-from . import drawings, fewest, gaze, leak, locate, mechanism, restore
+from . import fewest, gaze, inside_figures, leak, locate, mechanism, restore, restored_figures
 from .asked import Question, mentions, question
 from .leak import Probe
 from .locate import Difference, Part
@@ -87,7 +88,7 @@ def where(subject: Subject, results: Results, about: Question) -> None:
 
     def differences(prompts: Sequence[str]) -> Callable[[], list[dict[str, Any]]]:
         return lambda: [
-            {"part": d.part.site.label, "step": d.step, "t": d.t, "relative": d.relative, "rms": d.rms}
+            {"part": d.part.site.label, "step": d.step, "t": d.t, "each": d.each, "rms": d.rms}
             for d in locate.differences(
                 family, base, parts, prompts, subject.seeds(len(prompts)), num_steps=subject.num_steps,
                 guidance_scale=subject.guidance_scale,
@@ -95,34 +96,37 @@ def where(subject: Subject, results: Results, about: Question) -> None:
         ]  # fmt: skip
 
     def again(row: dict[str, Any]) -> Difference:
-        return Difference(by_label[row["part"]], row["step"], row["t"], row["relative"], row["rms"])
+        return Difference(by_label[row["part"]], row["step"], row["t"], row["each"], row["rms"])
 
-    on_target = [again(row) for row in kept(results, "differences-target", differences(about.target))]
-    on_retained = [again(row) for row in kept(results, "differences-retained", differences(about.retained))]
+    on_target = [again(row) for row in kept(results, "parts-target", differences(about.target))]
+    on_retained = [again(row) for row in kept(results, "parts-retained", differences(about.retained))]
     results.table("where", [
         {"prompts": name, "part": d.part.site.label, "layer": d.part.layer, "step": d.step, "t": d.t,
-         "relative": d.relative, "rms": d.rms}
+         **estimates.mean(d.each).row("relative"), "rms": d.rms}
         for name, several in (("target", on_target), ("retained", on_retained)) for d in several
     ])  # fmt: skip
     results.table("parts", told_parts(parts, on_target, on_retained))
-    drawings.where(results, about.concept, on_target)
-    drawings.moved(results, about.concept, on_target, on_retained)
+    inside_figures.where(results, about.concept, on_target)
+    inside_figures.moved(results, about.concept, on_target, on_retained)
 
 
 def told_parts(
     parts: Sequence[Part], target: Sequence[Difference], retained: Sequence[Difference]
 ) -> list[dict[str, Any]]:
     """A row for every part whose weights moved."""
-    means = [locate.means(several) for several in (target, retained)]
-    selective = locate.selectivity(target, retained)
-    return [
-        {
-            "part": part.site.label, "layer": part.layer, "weights_moved": part.moved,
-            "target": means[0][part.site.label], "retained": means[1][part.site.label],
-            "selectivity": selective.get(part.site.label),
-        }
-        for part in parts if part.moved
-    ]  # fmt: skip
+    columns = {
+        "target": locate.means(target), "retained": locate.means(retained),
+        "selectivity": locate.selectivity(target, retained),
+    }  # fmt: skip
+    rows = []
+    for part in parts:
+        if part.moved:
+            row: dict[str, Any] = {"part": part.site.label, "layer": part.layer, "weights_moved": part.moved}
+            for name, found in columns.items():
+                one = found.get(part.site.label)
+                row |= one.row(name) if one else dict.fromkeys([name, f"{name}_low", f"{name}_high"])
+            rows.append(row | {"n": columns["target"][part.site.label].n})
+    return rows
 
 
 def brought_back(subject: Subject, results: Results, about: Question, windows: int) -> None:
@@ -163,15 +167,17 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
     every = (*ends, *by_layer, *by_window, *by_steps, *by_part, *swapped, *heads, *patched, *tried, *held_out)
     results.table("restored", [r.row() for r in every])
     selection = fewest.suggestion(chosen, subject.checkpoint.provenance["selection"] if subject.checkpoint else "all")
-    results.table("selection", [{"selection": selection, **r.row()} for r in (tried[-1], *held_out[2:])])
-    drawings.layers(results, about.concept, ends, by_layer)
-    drawings.windows(results, about.concept, ends, by_window, "weights", "windows")
-    drawings.steps(results, about.concept, ends, by_steps)
-    drawings.parts(results, about.concept, ends, by_part)
-    drawings.mechanism(results, held_out[:2], swapped)
-    drawings.heads(results, about.concept, heads)
+    results.table("selection", [
+        {"selection": selection, **r.row(), "shared": fewest.shared(tried[-1], r)} for r in (tried[-1], *held_out[2:])
+    ])  # fmt: skip
+    restored_figures.layers(results, about.concept, ends, by_layer)
+    restored_figures.windows(results, about.concept, ends, by_window, "weights", "windows")
+    restored_figures.steps(results, about.concept, ends, by_steps)
+    restored_figures.parts(results, about.concept, ends, by_part)
+    restored_figures.mechanism(results, held_out[:2], swapped)
+    restored_figures.heads(results, about.concept, heads)
     if patched:
-        drawings.contributions(results, about.concept, ends, patched)
+        restored_figures.contributions(results, about.concept, ends, patched)
     weights = restorer.inside(chosen)
     shown = {
         "base": restorer.y_base,
@@ -179,7 +185,7 @@ def brought_back(subject: Subject, results: Results, about: Question, windows: i
         f"{len(chosen)} layers of the base": restorer.grafted(weights),
         "all but these": restorer.grafted({n: w for n, w in restorer.originals.items() if n not in weights}),
     }
-    drawings.pictures(
+    restored_figures.pictures(
         results, about.concept, {name: images_of(family, y) for name, y in shown.items()}, [tried[-1], *held_out],
         len(restorer.touched()), selection,
     )  # fmt: skip
@@ -202,7 +208,7 @@ def looked_at(subject: Subject, results: Results, about: Question) -> None:
     seen = gaze.Gaze(pictures, torch.from_numpy(base), torch.from_numpy(erased))
     rows = gaze.masses(family, seen, about.concept)
     results.table("attention", rows)
-    drawings.attention(results, about.concept, token_texts(family, pictures[0]), seen, rows)
+    inside_figures.attention(results, about.concept, token_texts(family, pictures[0]), seen, rows)
 
 
 def still_known(subject: Subject, results: Results, about: Question) -> None:
@@ -230,7 +236,7 @@ def still_known(subject: Subject, results: Results, about: Question) -> None:
     probes = [Probe(**row) for row in kept(results, "probes", probed)]
     results.table("probes", [one.row() for one in probes])
     if probes:
-        drawings.leak(results, about.concept, probes)
+        inside_figures.leak(results, about.concept, probes)
 
 
 def kept(results: Results, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -93,6 +93,11 @@ def held_out(other: Restorer, chosen: Sequence[Site], sets: int = 3) -> list[Res
     ]  # fmt: skip
 
 
+def shared(chosen: Restored, other: Restored) -> int:
+    """How many of their layers two sets share."""
+    return len(set(chosen.where.split(" + ")) & set(other.where.split(" + ")))
+
+
 def suggestion(sites: Sequence[Site], selection: str) -> str:
     """A selection for another training: what was trained before, in these layers only.
 

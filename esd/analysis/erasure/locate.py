@@ -15,9 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from esd.analysis import estimates
+from esd.analysis.estimates import Estimate
 from esd.families import Denoiser, Family
 from esd.interventions import Patch, Record, Recording, Site, attach, blocks, resolve, sample
 from esd.interventions.sites import is_part
@@ -47,15 +50,20 @@ class Difference:
         part: see `Part`.
         step: of the scheduler, 0 the first.
         t: time, in the scheduler's units.
-        relative: D, mean over the prompts.
+        each: D of each prompt.
         rms: root mean square of the difference, mean over the prompts.
     """
 
     part: Part
     step: int
     t: float
-    relative: float
+    each: Sequence[float]
     rms: float
+
+    @property
+    def relative(self) -> float:
+        """D, mean over the prompts."""
+        return sum(self.each) / len(self.each)
 
 
 @torch.no_grad()
@@ -116,30 +124,35 @@ def differences(
             family.predict(family.denoiser, x, t, cond)
         for part in every:
             if part.moved:
-                relative, rms = _apart(part.site, own.recording, told.recording, added.recording)
-                found.append(Difference(part, step, float(t), relative, rms))
+                each, rms = _apart(part.site, own.recording, told.recording, added.recording)
+                found.append(Difference(part, step, float(t), each, rms))
     return found
 
 
-def means(several: Sequence[Difference]) -> dict[str, float]:
-    """By label of a part, its mean D over the steps."""
-    found: dict[str, list[float]] = {}
+def means(several: Sequence[Difference]) -> dict[str, Estimate]:
+    """By label of a part, D: mean over prompts and steps, and its interval over the prompts."""
+    return {label: estimates.mean(each) for label, each in _by_prompt(several).items()}
+
+
+def selectivity(target: Sequence[Difference], retained: Sequence[Difference]) -> dict[str, Estimate]:
+    """By label of a part, its mean D on target prompts over that on as many retained ones; 1 is none."""
+    over, under = _by_prompt(target), _by_prompt(retained)
+    return {label: estimates.quotient(over[label], under[label]) for label in over if under[label].any()}
+
+
+def _by_prompt(several: Sequence[Difference]) -> dict[str, np.ndarray]:
+    """By label of a part, D of each prompt (prompts,), mean over the steps."""
+    found: dict[str, list[Sequence[float]]] = {}
     for difference in several:
-        found.setdefault(difference.part.site.label, []).append(difference.relative)
-    return {label: sum(values) / len(values) for label, values in found.items()}
+        found.setdefault(difference.part.site.label, []).append(difference.each)
+    return {label: np.mean(each, axis=0) for label, each in found.items()}
 
 
-def selectivity(target: Sequence[Difference], retained: Sequence[Difference]) -> dict[str, float]:
-    """By label of a part, its mean D on target prompts over that on retained ones; 1 is none."""
-    over, under = means(target), means(retained)
-    return {label: over[label] / under[label] for label in over if under.get(label)}
-
-
-def _apart(site: Site, own: Recording, told: Recording, added: Recording) -> tuple[float, float]:
-    """(D, rms) of a site, over its streams, mean over rows."""
+def _apart(site: Site, own: Recording, told: Recording, added: Recording) -> tuple[list[float], float]:
+    """(D of each row, mean rms) of a site, over its streams."""
     keys = [key for key in told.values if key.path == site.path]
     zero = torch.zeros(len(told.values[keys[0]]))
     change = sum(((own.values[key] - told.values[key]).float().flatten(1).square().sum(1) for key in keys), zero)
     size = sum((added.values.get(key, told.values[key]).float().flatten(1).square().sum(1) for key in keys), zero)
     count = sum(told.values[key][0].numel() for key in keys)
-    return float((change / size).sqrt().mean()), float((change / count).sqrt().mean())
+    return (change / size).sqrt().tolist(), float((change / count).sqrt().mean())

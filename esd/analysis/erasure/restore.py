@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esd.analysis import estimates
 from esd.errors import UserError
 from esd.evaluation.metrics import wilson
 from esd.evaluation.pixels import images_of
@@ -42,6 +43,7 @@ class Restored:
         restoration: R, mean over the pictures.
         k: pictures that show the concept; None without a judge.
         n: pictures.
+        restoration_low, restoration_high: 95% interval of R over the pictures; None of one.
     """
 
     kind: str
@@ -49,10 +51,15 @@ class Restored:
     restoration: float
     k: int | None
     n: int
+    restoration_low: float | None = None
+    restoration_high: float | None = None
 
     def row(self) -> dict[str, Any]:
         """As a table has it."""
-        told = {"kind": self.kind, "where": self.where, "restoration": self.restoration}
+        told = {
+            name: getattr(self, name)
+            for name in ("kind", "where", "restoration", "restoration_low", "restoration_high")
+        }
         if self.k is None:
             return told | {"n": self.n}
         low, high = wilson(self.k, self.n)
@@ -104,7 +111,8 @@ class Restorer:
         """Of pictures from the same prompts and seeds."""
         far, near = ((y - self.y_base).flatten(1).norm(dim=1) for y in (self.y_erased, latents))
         k = None if self.shows is None else int(self.shows(images_of(self.family, latents)).sum())
-        return Restored(kind, where, float((1 - near / far).mean()), k, len(latents))
+        found = estimates.mean((1 - near / far).cpu().numpy())
+        return Restored(kind, where, found.value, k, found.n, found.low, found.high)
 
     def grafted(self, weights: Mapping[str, Tensor], steps: Any = None) -> Tensor:
         """Clean latents (n, c, h, w) with other weights; without any of them the erased model's own."""

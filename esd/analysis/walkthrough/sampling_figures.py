@@ -19,6 +19,7 @@ from .drawing import seeded
 from .walker import COLUMNS, Walk, share_seen
 
 SOLVED = 2  # most pictures that samplers are compared on
+NAMES = {"dpm++": "DPM++", "heun": "Heun", "euler": "Euler"}  # of references
 
 
 def show_schedule(walk: Walk) -> None:
@@ -63,9 +64,13 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
     cond, noise = walk.told(walk.prompt)[range(len(seeds))], family.initial_noise(seeded(seeds))
     solved = partial(solvers.solve, family, noise, cond, guidance_scale=walk.subject.guidance_scale)
 
+    (best, fine), (beside, coarser) = solvers.references(flow)
+
     def reference() -> np.ndarray:
-        exact, _ = solved(sampler="euler" if flow else "dpm++", num_steps=solvers.REFERENCE_STEPS)
-        return exact.cpu().numpy()
+        return solved(sampler=best, num_steps=fine)[0].cpu().numpy()
+
+    def off() -> np.ndarray:
+        return solvers.errors(solved(sampler=beside, num_steps=coarser)[0].cpu(), exact).numpy()
 
     def found(sampler: str, exact: torch.Tensor) -> np.ndarray:
         rows = []
@@ -75,6 +80,7 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
         return np.array(rows)
 
     exact = torch.from_numpy(results.kept("reference", reference))
+    own = results.kept("reference-error", off)
     curves = {name: results.kept(f"errors-{name.replace('+', 'p')}", partial(found, name, exact)) for name in samplers}
     results.table("samplers", [
         {"sampler": name, "steps": int(row[0]), "calls": int(row[1]), "picture": i, "error": error}
@@ -82,8 +88,12 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
         for row in curve
         for i, error in enumerate(row[2:])
     ])  # fmt: skip
+    results.table("reference", [
+        {"sampler": best, "steps": fine, "beside": beside, "beside_steps": coarser, "picture": i, "apart": apart}
+        for i, apart in enumerate(own)
+    ])  # fmt: skip
     figure, (ax,) = figures.panels(
-        title=f"Samplers as solvers: error against {solvers.REFERENCE_STEPS} steps", height=4.6
+        title=f"Samplers as solvers: error against {NAMES[best]} in {fine} steps", height=4.6
     )
     told, scale = [], float(exact.std())
     with figures.style():
@@ -92,14 +102,17 @@ def show_samplers(walk: Walk, samplers: Sequence[str], steps: Sequence[int]) -> 
             mean = curve[:, 2:].mean(1)
             ax.plot(curve[:, 1], mean, dashes, marker="o", color=figures.COLOURS[number], label=name)
             told.append(f"{name} {falling(curve[:, 1], mean)}")
+        label = f"{NAMES[beside]} in {coarser} steps"
+        ax.axhline(own.mean(), color=figures.GREY, linestyle=":", linewidth=1.4, label=label)
         ax.set(xscale="log", yscale="log", xlabel="calls of the denoiser", ylabel="error of x_0 (root mean square)")
         for axis in (ax.xaxis, ax.yaxis):
             figures.plain_numbers(axis)
         ax.legend()
-    which = "Euler" if flow else "DPM++"
+    least = min(float(curve[:, 2:].mean(1).min()) for curve in curves.values())
     results.figure("samplers", figure, (
-        f"Mean error over {len(seeds)} pictures, against {which} in {solvers.REFERENCE_STEPS} steps, of latents "
-        f"whose own deviation is {scale:.2g}: {'; '.join(told)}."
+        f"Mean error over {len(seeds)} pictures, against {NAMES[best]} in {fine} steps, of latents whose own deviation "
+        f"is {scale:.2g}: {'; '.join(told)}. From that reference {NAMES[beside]} in {coarser} steps lies "
+        f"{own.mean():.2g} away (dotted), the least error shown is {least:.2g}."
     ))  # fmt: skip
 
 

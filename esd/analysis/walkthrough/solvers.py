@@ -24,7 +24,7 @@ from torch import Tensor
 from esd.families import Conditioning, Family
 from esd.trajectory import clean, conditionings_of, mixed, predict_many, rollout
 
-REFERENCE_STEPS = 1000
+REFERENCE_STEPS = 1000  # of the solution that others are held against, see `references`
 FLOWS = ("euler",)  # what a flow is sampled with
 TO_ZERO = ("euler", "heun", "lms")  # samplers whose last step goes from the first training time to no noise
 
@@ -114,6 +114,17 @@ def _from_end_to_end(family: Family, sampler: str) -> Iterator[None]:
         yield
     finally:
         family.pipe.scheduler = own
+
+
+def references(flow: bool) -> tuple[tuple[str, int], tuple[str, int]]:
+    """(sampler, steps) of what errors are held against, and of another fine solution that tells how good that is.
+
+    The other is of another sampler; a flow's is of half the steps, from which Euler, of first order, is as far away as
+    it is from the solution.
+    """
+    if flow:
+        return ("euler", REFERENCE_STEPS), ("euler", REFERENCE_STEPS // 2)
+    return ("dpm++", REFERENCE_STEPS), ("heun", REFERENCE_STEPS // 5)
 
 
 def errors(ends: Tensor, reference: Tensor) -> Tensor:

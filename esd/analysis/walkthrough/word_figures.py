@@ -15,6 +15,7 @@ from esd.families.unet import UNetFamily
 from . import drawing, words
 from .walker import COLUMNS, Walk
 
+ROUNDED = 2  # of 255: no more than rounding
 FEW = 6  # pictures that a new word is learned from, unless files are given
 
 
@@ -73,11 +74,21 @@ def show_swap(walk: Walk, word: str, other: str) -> None:
         np.stack([np.concatenate(list(found[:, None]), axis=0) for found in drawn.values()]),
         title="A token's embedding in another one's place", rows=list(drawn), columns=walk.rows(), width=5.5,
     )  # fmt: skip
-    apart = np.abs(list(drawn.values())[1].astype(int) - list(drawn.values())[2]).max()
-    walk.results.figure("swap", figure, (
-        f"With {other}'s embedding where {word}'s was, the prompt draws what {asked!r} draws: pictures differ by at "
-        f"most {apart} of 255."
-    ))  # fmt: skip
+    _, swapped, aim = drawn.values()
+    apart = int(np.abs(swapped.astype(int) - aim).max())
+    walk.results.figure("swap", figure, f"With {other}'s embedding where {word}'s was, {told_swap(asked, apart)}")
+
+
+def told_swap(asked: str, apart: int) -> str:
+    """Whether a prompt with another word's embedding draws what the prompt with that word draws.
+
+    Args:
+        asked: the prompt with that word.
+        apart: largest difference between their pictures, of 255.
+    """
+    if apart > ROUNDED:
+        return f"the prompt does not draw what {asked!r} draws: pictures differ by up to {apart} of 255."
+    return f"the prompt draws what {asked!r} draws: pictures differ by at most {apart} of 255."
 
 
 def show_new_word(

@@ -1,100 +1,22 @@
-"""The figures of an erasure, each with a caption worked out from what it shows."""
+"""The figures of what brings a concept back, each with a caption worked out from what it shows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from esd.analysis import figures
+from esd.analysis.estimates import told as told_mean
 from esd.analysis.results import Results
 from esd.evaluation.metrics import wilson
 
-from . import locate
-from .gaze import GROUPS, Gaze
-from .leak import Probe
-from .locate import Difference
+from .fewest import shared
 from .restore import Restored
 
-MOST_PANELS = 4  # kinds of part that get a heat map of their own
 SEEN = 0.05  # R below which nothing came back
-TAUGHT = {
-    "synonym": "taught its name,\ntested by other words",
-    "name": "taught other words,\ntested by its name",
-    "image": "taught and tested\nby pictures",
-}  # fmt: skip
-
-
-def where(results: Results, concept: str, found: Sequence[Difference]) -> None:
-    """A heat map over layers and steps for each kind of part, those that differ most."""
-    kinds: dict[str, list[Difference]] = {}
-    for one in found:
-        kinds.setdefault(one.part.site.part or "other", []).append(one)
-    peak = {kind: max(d.relative for d in several) for kind, several in kinds.items()}
-    shown = sorted(kinds, key=lambda kind: -peak[kind])[:MOST_PANELS]
-    steps = sorted({d.step for d in found})
-    most = max(peak.values())
-    rows = max(len({d.part.layer for d in kinds[kind]}) for kind in shown)
-    figure, axes = figures.panels(
-        (len(shown) + 1) // 2, min(2, len(shown)), height=max(3.0, 0.3 * rows + 1.2),
-        title=f"What each part of the model without “{concept}” says otherwise, given the base's inputs",
-    )  # fmt: skip
-    for ax, kind in zip(axes, shown, strict=False):
-        layers = list(dict.fromkeys(d.part.layer for d in kinds[kind]))
-        matrix = np.full((len(layers), len(steps)), np.nan)
-        for d in kinds[kind]:
-            place = layers.index(d.part.layer), d.step
-            matrix[place] = np.nanmax([matrix[place], d.relative])
-        figures.heat(
-            ax, matrix, rows=layers, columns=[step + 1 for step in steps], y_name="", x_name="sampling step",
-            unit="difference, share of the base's", title=kind, limits=(0.0, most),
-        )  # fmt: skip
-    for ax in axes[len(shown) :]:
-        ax.set_axis_off()
-    means = locate.means(found)
-    ranked = sorted(means, key=lambda label: -means[label])
-    by_step = [np.mean([d.relative for d in found if d.step == step]) for step in steps]
-    results.figure(
-        "where", figure,
-        f"The largest differences are in {listed(ranked[:3], means)}; the smallest in {listed(ranked[-2:], means)}. "
-        f"Over the steps the mean goes from {by_step[0]:.2f} (first, most noise) to {by_step[-1]:.2f} (last).",
-    )  # fmt: skip
-
-
-def moved(results: Results, concept: str, target: Sequence[Difference], retained: Sequence[Difference]) -> None:
-    """Per layer: how far weights moved, and the difference on target and on retained prompts."""
-    layers = list(dict.fromkeys(d.part.layer for d in target))
-    parts = {d.part.site.label: d.part for d in target}
-    on, off = locate.means(target), locate.means(retained)
-
-    def largest(values: Mapping[str, float], layer: str) -> float:
-        return max(value for label, value in values.items() if parts[label].layer == layer)
-
-    weights = np.array([largest({label: part.moved for label, part in parts.items()}, layer) for layer in layers])
-    both = {
-        f"prompts for “{concept}”": np.array([largest(on, layer) for layer in layers]),
-        "others of its kind": np.array([largest(off, layer) for layer in layers]),
-    }
-    figure, axes = figures.panels(
-        1, 2, height=max(3.5, 0.3 * len(layers) + 1.4), title="How far weights moved, and what that does to the outputs"
-    )
-    figures.bars(axes[0], layers, {"": 100 * weights}, x_name="change of weights, % of the base's")
-    figures.bars(axes[1], layers, both, x_name="difference, share of the base's")
-    axes[1].set_yticklabels([])
-    selective = locate.selectivity(target, retained)
-    ranked = sorted(selective, key=lambda label: -selective[label])
-    agree = float(np.corrcoef(weights, both[f"prompts for “{concept}”"])[0, 1]) if len(layers) > 2 else float("nan")
-    results.figure(
-        "weights", figure,
-        f"Of every layer its most changed part. Weights moved most in {layers[int(weights.argmax())]} "
-        f"({weights.max():.1%}); over layers the size of the change and of the difference correlate with {agree:.2f}. "
-        f"Most selective, target over others: {listed(ranked[:3], selective)}; least: "
-        f"{listed(ranked[-2:], selective)}.",
-    )  # fmt: skip
 
 
 def layers(results: Results, concept: str, ends: Sequence[Restored], found: Sequence[Restored]) -> None:
@@ -107,9 +29,7 @@ def layers(results: Results, concept: str, ends: Sequence[Restored], found: Sequ
     )
     for ax, (value, y_name) in zip(axes, measures, strict=True):
         by = {name: [r for r in found if r.kind == kind] for kind, name in names.items()}
-        spread = {} if value is _restoration else {
-            name: tuple(np.array([_interval(r) for r in several]).T) for name, several in by.items()
-        }  # fmt: skip
+        spread = {name: _ends(several, value) for name, several in by.items()}
         curves = {name: np.array([value(r) for r in several]) for name, several in by.items()}
         figures.lines(ax, range(len(labels)), curves, x_name="", y_name=y_name, spread=spread)
         ax.set_xticks(range(len(labels)), labels, rotation=90)
@@ -232,11 +152,9 @@ def _bars(
     )
     for ax, (value, name) in zip(axes, measures, strict=True):
         values = {group: np.array([value(r) for r in several]) for group, several in by.items()}
-        reach = None if value is _restoration else {
-            group: np.abs(np.array([_interval(r) for r in several]).T - values[group]) for group, several in by.items()
-        }  # fmt: skip
+        reach = {group: np.abs(np.array(_ends(several, value)) - values[group]) for group, several in by.items()}
         figures.bars(ax, labels if ax is axes[0] else [""] * len(labels), values, x_name=name, spread=reach)
-        if reach:
+        if value is _rate:
             ax.set_xlim(0, 101)
         if legend := ax.get_legend():
             handles, texts = ax.get_legend_handles_labels()
@@ -244,77 +162,6 @@ def _bars(
             if ax is axes[0]:  # one for all panels, as wide as they are together
                 figure.legend(handles, texts, loc="outside lower center", ncols=len(by), frameon=False)
     results.figure(file, figure, caption)
-
-
-def attention(
-    results: Results, concept: str, tokens: Sequence[str], seen: Gaze, rows: Sequence[Mapping[str, Any]]
-) -> None:
-    """Maps of the first prompt's tokens, before, after and their difference, and what moved over all prompts."""
-    words = [i for i, token in enumerate(tokens) if token]
-    maps = [seen.base[0, words].numpy(), seen.erased[0, words].numpy()]
-    change = maps[1] - maps[0]
-    high, reach = max(float(found.max()) for found in maps), float(np.abs(change).max())
-    with figures.style():
-        figure = Figure(figsize=(figures.WIDTH, 3.9), layout="constrained")
-        axes = figure.subplots(3, len(words), squeeze=False)
-        for row, (name, found, look) in enumerate((
-            ("base", maps[0], {"cmap": figures.MAP, "vmin": 0.0, "vmax": high}),
-            ("erased", maps[1], {"cmap": figures.MAP, "vmin": 0.0, "vmax": high}),
-            ("change", change, {"cmap": figures.SIGNED, "vmin": -reach, "vmax": reach}),
-        )):  # fmt: skip
-            for column, (ax, word) in enumerate(zip(axes[row], words, strict=True)):
-                image = ax.imshow(found[column], interpolation="nearest", **look)
-                ax.set(xticks=[], yticks=[])
-                ax.grid(visible=False)
-                if not row:
-                    ax.set_title(tokens[word], fontsize=10)
-                if not column:
-                    ax.set_ylabel(name, rotation=0, ha="right", va="center")
-            figure.colorbar(image, ax=axes[row], label="attention" if row < 2 else "after - before")
-        figure.suptitle(f"Where the picture attends to each word, before and after “{concept}” was erased")
-    by_group = {
-        group: [[row[side] for row in rows if row["tokens"] == group] for side in ("base", "erased")]
-        for group in GROUPS
-    }  # fmt: skip
-    sentence = "; ".join(
-        f"{group} {100 * np.mean(before):.1f}% to {100 * np.mean(after):.1f}%"
-        for group, (before, after) in by_group.items()
-    )  # fmt: skip
-    results.figure(
-        "attention", figure,
-        f"Mean over steps, layers and heads, of “{seen.prompts[0]}”. Over {len(seen.prompts)} prompts, of the "
-        f"picture's attention to its text: {sentence}.",
-    )  # fmt: skip
-
-
-def leak(results: Results, concept: str, found: Sequence[Probe]) -> None:
-    """What probes read off each layer, by what came in."""
-    sources, models = (list(dict.fromkeys(getattr(p, slot) for p in found)) for slot in ("source", "model"))
-    labels = list(dict.fromkeys(p.layer for p in found))
-    figure, axes = figures.panels(
-        1, len(sources), height=4.9, title=f"What a linear probe reads off each layer: “{concept}” or not"
-    )
-    said = []
-    for ax, source in zip(axes, sources, strict=True):
-        by = {model: [p for p in found if p.source == source and p.model == model] for model in models}
-        figures.lines(
-            ax, range(len(labels)), {model: np.array([100 * p.k / p.n for p in here]) for model, here in by.items()},
-            x_name="", y_name="right, %" if ax is axes[0] else "", title=TAUGHT[source],
-            spread={model: _band(here) for model, here in by.items()},
-        )  # fmt: skip
-        ax.axhline(50, color=figures.GREY, linestyle=":", linewidth=1)
-        ax.set_xticks(range(len(labels)), labels, rotation=90)
-        ax.set_ylim(0, 102)
-        counts = {model: sorted(p.k for p in here) for model, here in by.items()}
-        ranges = ", ".join(
-            f"{model} {ks[0]} to {ks[-1]}, median {ks[len(ks) // 2]}" for model, ks in counts.items()
-        )  # fmt: skip
-        said.append(f"{TAUGHT[source].replace(chr(10), ' ')} (of {by[models[0]][0].n}): {ranges}")
-    results.figure(
-        "leak", figure,
-        f"Right answers over the layers: {'; '.join(said)}. Chance is half; what a probe reads off the shuffled model "
-        "is known to the text encoder or seen in the picture, not known to the denoiser.",
-    )  # fmt: skip
 
 
 def pictures(
@@ -335,7 +182,8 @@ def pictures(
     images = np.stack(list(shown.values()))[:, :8]
     figure = figures.pictures(images, title=f"“{concept}”, from the same noise", rows=list(shown))
     count = len(chosen.where.split(" + "))
-    by_chance = f"; {count} layers drawn by chance: {', '.join(_brief(r) for r in chance)}" if chance else ""
+    sets = ", ".join(f"{r.where} ({shared(chosen, r)} of them shared) {_brief(r)}" for r in chance)
+    by_chance = f"; {count} layers drawn by chance: {sets}" if chance else ""
     results.figure(
         "pictures", figure,
         f"The base's weights in {chosen.where} ({count} of {layers} layers): {_said(chosen)} of the pictures that they "
@@ -350,11 +198,6 @@ def told(ends: Sequence[Restored]) -> str:
     if base.k is None or erased.k is None:
         return f"n={base.n} pictures; no judge reads them."
     return f"Of {base.n} pictures the base shows it in {base.k}, the erased model in {erased.k}."
-
-
-def listed(labels: Sequence[str], values: Mapping[str, float]) -> str:
-    """Labels with their values."""
-    return ", ".join(f"{label} ({values[label]:.2f})" for label in labels)
 
 
 Measure = Callable[[Restored], float]
@@ -384,6 +227,14 @@ def _interval(result: Restored) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
+def _ends(found: Sequence[Restored], value: Measure) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper ends of intervals (found,), nan where there is none."""
+    low, high = zip(
+        *(_interval(r) if value is _rate else (r.restoration_low, r.restoration_high) for r in found), strict=True
+    )
+    return np.array(low, float), np.array(high, float)
+
+
 def _best(begin: str, found: Sequence[Restored], none: str) -> str:
     """Which brings back most, in a sentence that says so where nothing does."""
     best = max(found, key=_height)
@@ -393,18 +244,14 @@ def _best(begin: str, found: Sequence[Restored], none: str) -> str:
 
 
 def _said(result: Restored) -> str:
-    """R, and the rate with its interval."""
+    """R, and the rate, with their intervals."""
+    r = f"R {told_mean(result.row(), 'restoration')}"
     if result.k is None:
-        return f"R {result.restoration:.2f}"
+        return r
     low, high = _interval(result)
-    return f"R {result.restoration:.2f}, {result.k} of {result.n} (95% interval {low:.0f} to {high:.0f}%)"
+    return f"{r}, {result.k} of {result.n} (95% interval {low:.0f} to {high:.0f}%)"
 
 
 def _brief(result: Restored) -> str:
     """The rate, or without a judge R."""
     return f"R {result.restoration:.2f}" if result.k is None else f"{result.k} of {result.n}"
-
-
-def _band(found: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray]:
-    low, high = zip(*(wilson(p.k, p.n) for p in found), strict=True)
-    return 100 * np.array(low), 100 * np.array(high)
