@@ -146,10 +146,10 @@ class Drawn:
         return rates([row for pair in pairs if all(row["state"] == "ok" for row in pair) for row in pair], self.judges)
 
     def lost(self) -> dict[str, Counter[str]]:
-        """For each model that lost pictures, how many are missing and corrupt."""
+        """For each model that lost pictures since they were read, how many are missing and corrupt."""
         found: dict[str, Counter[str]] = {}
         for model, row in ((model, row) for rows in self.rows.values() for model, row in rows.items()):
-            if (state := self.states[row["file"]]) != "ok":
+            if row["state"] == "ok" and (state := self.states[row["file"]]) != "ok":
                 found.setdefault(model, Counter())[state] += 1
         return found
 
