@@ -193,10 +193,11 @@ def check_trained(family: Family, plan: TrainPlan, run: RunDirectory) -> None:
 def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory, accelerator: Any) -> int:
     """Trains; returns the exit code."""
     from esd import trainer
+    from esd.evaluate import peak_gib
 
     start_tracker(accelerator, config.tracker, run)
     try:
-        trainer.train(family, plan, run.path, accelerator, versions=versions())
+        trainer.train(family, plan, run.path, accelerator, versions=versions(), held=lambda: peak_gib(family))
     except trainer.Stopped as stopped:
         accelerator.print(str(stopped), file=sys.stderr)
         return EXIT_SIGNAL + stopped.signal
@@ -269,7 +270,9 @@ def measure(
         picture=run / "preview.png",
         erase_from=config.erase_from,
     )
-    told = {name: trained.provenance[name] for name in ("seconds", "parameters")} | {"seed": config.seed}
+    told = {name: trained.provenance.get(name) for name in ("seconds", "peak_gib", "parameters")} | {
+        "seed": config.seed
+    }
     reason = rates.pop("reason")
     write_json(run / "summary.json", rates | told | facts | {"reason": reason})
     for name, rate in rates.items():

@@ -217,18 +217,19 @@ def grid(folder: Path, planned: int = 2) -> Path:
         "retention": [{"name": "dog", "similarity": 0.4, "before": 1.0, "after": 0.5, "n": 2}],
         "over_erasure": 0.5,
         "seconds": 1.0,
+        "peak_gib": {"process": 0.5},
         "parameters": 12,
-        "bytes": 48,
+        "bytes": 480_000,
     }
     metrics = {
         "suite": "emoji_canvas",
         "method": {"name": "esd_u", "training": ["selection=esd_u"]},
         "judges": {judge.name: table.facts(judge)},
         "planned": planned,
+        "images": table.states([row for side in sides.values() for row in side]),
         "erasures": [erasure],
         "means": {"thing": canvas.mean([scores])},
         "published": canvas.PUBLISHED,
-        "peak_gib_training": 0.5,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     return folder

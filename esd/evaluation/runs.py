@@ -351,7 +351,9 @@ def erasures(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
     scores = {"target": "UA", "same_domain": "IRA", "cross_domain": "CRA"}
     return {
         told["name"]: {
-            name: _scored(told[score], gone=score == "UA") for name, score in scores.items() if told[score]["n"]
+            name: _scored(told[score], gone=score == "UA")
+            for name, score in scores.items()
+            if told[score]["rate"] is not None
         }
         for told in results["erasures"]
     }
