@@ -236,7 +236,11 @@ def in_turns(choices: Sequence[Sequence[str]]) -> list[str]:
 
 
 def evenly_spaced(items: Sequence[T], n: int) -> list[T]:
-    """At most n of the items, evenly spaced over the list, so that groups which stand together all have their share."""
+    """At most n of the items, evenly spaced over the list, so that groups which stand together all have their share.
+
+    >>> evenly_spaced(["cat", "dog", "rose", "tulip", "bus", "car"], 3), evenly_spaced(["cat"], 3)
+    (['cat', 'rose', 'bus'], ['cat'])
+    """
     n = min(n, len(items))
     return [items[i * len(items) // n] for i in range(n)]
 
