@@ -104,6 +104,9 @@ def test_pictures_that_two_runs_share_are_not_counted_twice(command: Command) ->
     assert "together" not in ended.out and "same drew pictures that one or another run of its setting has" in ended.err
     ended = command("compare", "one", "same", "other")
     assert "2 seeds together" in ended.out and "n=12" in ended.out and "n=18" not in ended.out
+    finished.evaluation(command.folder / "between", weights, seed=1, own_seeds=False)
+    ended = command("compare", "one", "between", "other")
+    assert "2 seeds together" in ended.out and ended.err.count("count") == ended.err.count("between drew") == 1
     for name in ("cat", "copy"):
         finished.training(command.folder / name)
     assert "together" not in command("compare", "cat", "copy").out, "one training, twice"

@@ -125,9 +125,11 @@ def _apart(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     again: list[Run] = []
     seen: set[tuple[str, ...]] = set()
     for run in runs if len(runs) > 1 else ():
-        pictures = _pictures(run)
-        (again if pictures & seen else counted).append(run)
-        seen |= pictures
+        if seen & (pictures := _pictures(run)):
+            again.append(run)
+        else:
+            counted.append(run)
+            seen |= pictures
     return counted or list(runs), again
 
 
@@ -144,8 +146,10 @@ def _pictures(run: Run) -> set[tuple[str, ...]]:
         rows = read_table(run.path / "images.csv")
     except UserError:
         return set()
-    weights = str(run.results["checkpoint"]["sha256"])
-    return {(weights, row["prompt"], row["seed"], row["guidance"]) for row in rows if row["model"] == "erased"}
+    decided = [
+        [row.get(name, "") for name in ("prompt", "seed", "guidance")] for row in rows if row.get("model") == "erased"
+    ]
+    return {(str(run.results["checkpoint"].get("sha256")), *one) for one in decided}
 
 
 def drawn_again(tried: Sequence[Trial]) -> list[str]:
