@@ -5,21 +5,23 @@
 Each erasure is a run of `esd.train` in `thing-NAME/training` or `style-NAME/training`, as a user would start it. Its
 pictures of the grid lie in `erased` beside that, those of the base in `base`. `images.csv` has a row for every picture,
 `metrics.json` the scores of every erasure and their means, `canvas.csv` a line for each erasure; all three are written
-anew after each one. The same command goes on where it was stopped.
+anew after each one, once all are told again that stood there before. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd.config.evaluate import EvaluateConfig
-from esd.drawing import look_inside, most_held_gib, refuse_several_processes
+from esd.drawing import announce, look_inside, refuse_several_processes
 from esd.errors import UserError
 from esd.judging import check_pictures
 from esd.main import EXIT_SIGNAL
@@ -183,6 +185,7 @@ class Canvas:
         names = {domain: list(found) for domain, found in counts["base"].items()}
         likeness = {domain: retention.similarities(self.family, found) for domain, found in names.items()}
         erasures: list[dict[str, Any]] = []
+        before = self.known() & {(target.domain, target.name) for target in targets}
         for number, target in enumerate(targets, 1):
             print(f"{number} of {len(targets)}: {target.name}", flush=True)
             folder = self.folder(target)
@@ -193,9 +196,18 @@ class Canvas:
             table += read
             after = canvas.counted(read, self.judge.name)
             erasures.append(self.told(target, folder, base, erased, counts["base"], after, likeness[target.domain]))
-            self.write(table, erasures, len(targets))
+            if before <= {(told["domain"], told["name"]) for told in erasures}:
+                self.write(table, erasures, len(targets))
         print(f"results are in {self.run.path}: metrics.json, canvas.csv, images.csv")
         return 0
+
+    def known(self) -> set[tuple[str, str]]:
+        """(domain, name) of the erasures that metrics.json tells of."""
+        try:
+            told = json.loads((self.run / "metrics.json").read_text(encoding="utf-8"))
+            return {(erasure["domain"], erasure["name"]) for erasure in told["erasures"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
 
     def folder(self, target: Target) -> Path:
         """Where an erasure lies."""
@@ -261,12 +273,20 @@ class Canvas:
                 return generate.generate(pipe, planned, batch_size=self.config.batch_size)
 
     def read(self, model: str, manifest: Manifest) -> list[Row]:
-        """The rows of images.csv of one model."""
+        """The rows of images.csv of one model; warns of pictures that are not there."""
+        from esd.evaluation import table
         from esd.evaluation.reading import read
 
-        rows = read(model, manifest, [self.judge])
         where = manifest.folder.relative_to(self.run.path)
-        return [row | {"file": str(where / Path(row["file"]).name)} for row in rows]
+        rows = [row | {"file": str(where / Path(row["file"]).name)} for row in read(model, manifest, [self.judge])]
+        for lost in table.lost(table.states(rows)).values():
+            first = next(row["file"] for row in rows if row["state"] != "ok")
+            announce(
+                f"images of {model}: {lost}, the first {first}; they count in no rate; remove what is corrupt, and the "
+                "same command draws it anew",
+                warning=True,
+            )
+        return rows
 
     def told(
         self,
@@ -281,10 +301,10 @@ class Canvas:
         """What metrics.json says of one erasure."""
         from esd import checkpoint
         from esd.evaluation import canvas, retention
-        from esd.evaluation.reading import spread
+        from esd.evaluation.reading import fid_and_kid
 
         found = checkpoint.load(folder / "training")
-        apart = spread(base, erased, self.judge.features, [target])
+        apart = fid_and_kid(base, erased, self.judge.features, [target])
         points = retention.curve(target.name, before[target.domain], after[target.domain], likeness)
         return {
             "name": target.name,
@@ -295,6 +315,7 @@ class Canvas:
             "over_erasure": retention.area(points),
             "denoiser": look_inside(self.config, self.family, found, self.vocabulary),
             "seconds": found.provenance["seconds"],
+            "peak_gib": found.provenance.get("peak_gib"),  # which earlier versions did not tell
             "parameters": found.provenance["parameters"],
             "bytes": found.path.stat().st_size,
         }
@@ -315,16 +336,19 @@ class Canvas:
                 "method": {name: value for name, value in asdict(self.config.method).items() if value},
                 "judges": {self.judge.name: table.facts(self.judge)},
                 "planned": planned,
+                "images": table.states(rows),
                 "erasures": erasures,
                 "means": means,
                 "published": canvas.PUBLISHED,
-                "peak_gib_training": most_held_gib(children=True),
             },
         )
         self.write_lines(erasures)
         for domain, mean in means.items():
-            told = "  ".join(f"{name} {100 * mean[name]['rate']:.1f}" for name in canvas.SCORES)
-            print(f"{domain}s: {told}  (percent, mean of {len(by_domain[domain])})", flush=True)
+            print(f"{domain}s, mean of {len(by_domain[domain])} erasures:", flush=True)
+            for name, told in mean.items():
+                own = span(told["rate"], told["interval"], told["erasures"])
+                share = span(told["of_base"], told["of_base_interval"], told["of_base_erasures"])
+                print(f"    {name:<4}{own}, of the base's {share}", flush=True)
 
     def write_lines(self, erasures: list[dict[str, Any]]) -> None:
         """Writes canvas.csv: a line for each erasure."""
@@ -336,8 +360,14 @@ class Canvas:
         lines = [
             {name: told[name] for name in plain}
             | {name: inside(told["denoiser"]).get(name) for name in INSIDE}
+            | {f"peak_gib_{what}": (told["peak_gib"] or {}).get(what) for what in ("process", "gpu")}
             | {f"{score}{suffix}": told[score][field] for score in SCORES for suffix, field in FIELDS.items()}
-            | {f"{score}_{end}": (told[score]["interval"] or [None] * 2)[i] for score in SCORES for i, end in ENDS}
+            | {
+                f"{score}{suffix}_{end}": value
+                for score in SCORES
+                for suffix, field in INTERVALS.items()
+                for end, value in zip(ENDS, told[score][field] or (None, None), strict=True)
+            }
             for told in erasures
         ]
         with atomic(self.run / "canvas.csv") as staged, staged.open("w", newline="", encoding="utf-8") as file:
@@ -346,5 +376,13 @@ class Canvas:
             writer.writerows(lines)
 
 
-FIELDS = {"": "rate", "_n": "n", "_base": "base", "_of_base": "of_base"}
-ENDS = ((0, "low"), (1, "high"))
+def span(value: float | None, interval: Sequence[float] | None, n: int) -> str:
+    """A mean with its interval and the number of erasures behind it, as it is printed."""
+    if value is None or interval is None:
+        return "unknown"
+    return f"{value:.1%} (95%: {interval[0]:.1%} to {interval[1]:.1%}, n={n})"
+
+
+FIELDS = {"": "rate", "_n": "n", "_base": "base", "_n_base": "n_base", "_of_base": "of_base"}
+INTERVALS = {"": "interval", "_of_base": "of_base_interval"}
+ENDS = ("low", "high")

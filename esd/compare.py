@@ -18,6 +18,7 @@ from esd.main import tell
 
 if TYPE_CHECKING:
     from esd.evaluation.runs import Rate, Run
+    from esd.evaluation.sweep import Trial
 
 EXIT_GATE = 3
 
@@ -46,6 +47,8 @@ def main() -> None:
 def compare(paths: Sequence[Path], min_ua: float | None, max_drop: float | None, *, as_json: bool = False) -> int:
     """Prints the runs side by side; returns 3 where one misses a bound, else 0.
 
+    A bound that a run cannot be held to, for want of pictures or of rates, is refused: it must not pass for one met.
+
     Args:
         paths: run directories and folders of them; one given twice counts once.
         min_ua: least UA in [0, 1], or None.
@@ -53,37 +56,68 @@ def compare(paths: Sequence[Path], min_ua: float | None, max_drop: float | None,
         as_json: print JSON instead of a table.
 
     Raises:
-        UserError: a bound outside [0, 1]; a path holds no finished run, or one without rates.
+        UserError: a bound outside [0, 1]; a path holds no finished run, or one without rates; with a bound also one
+            that is not finished, that lacks pictures, or that measured nothing of what the bound is about.
     """
     from esd.evaluation.runs import Sweep, differing_bases, read
+    from esd.evaluation.sweep import drawn_again, trials
 
     for name, bound in (("--min-ua", min_ua), ("--max-drop", max_drop)):
         if bound is not None and not 0 <= bound <= 1:
             raise UserError(f"{name} {bound}: allowed: 0 to 1, such as 0.95 for 95% or 0.1 for ten points")
+    bounds = [name for name, bound in (("--min-ua", min_ua), ("--max-drop", max_drop)) if bound is not None]
     runs: list[Run] = []
+    left: list[str] = []
     for path in paths:
         found = read(path)
         runs += found.runs if isinstance(found, Sweep) else [found]
-        for line in found.left if isinstance(found, Sweep) else ():
-            print(f"warning: {line}", file=sys.stderr)
+        if isinstance(found, Sweep) and found.left:
+            left += found.left
+            if bounds:
+                number = f"{len(found.left)} of {len(found.left) + len(found.runs)} runs"
+                raise UserError(
+                    f"{' '.join(bounds)}: {number} in {path} cannot be held to it; {found.left[0]}; or name the runs "
+                    "that are finished"
+                )
     runs = list({run.path.resolve(): run for run in runs}.values())
     for run in runs:
-        if "target" not in run.rates:
-            raise UserError(
-                f"{run.path} has no rate of what was erased ({run.reason or 'none was measured'}), so that there is "
-                "nothing to compare; leave it out, or look at it with esd.report"
-            )
-    for line in differing_bases(runs):
+        check(run, bounds)
+    tried = trials(runs, over=("seed",))
+    notes = [f"{run.path}: {note}" for run in runs for note in run.notes]
+    for line in [*left, *notes, *differing_bases(runs), *drawn_again(tried)]:
         print(f"warning: {line}", file=sys.stderr)
     missed = {str(run.path): misses(run, min_ua, max_drop) for run in runs}
     if as_json:
         print(json.dumps([told(run) | {"missed": missed[str(run.path)]} for run in runs], indent=2, ensure_ascii=False))
     else:
-        print(table(runs))
+        print(table(runs, tried))
     for name, lines in missed.items():
         for line in lines:
             print(f"missed: {name}: {line}", file=sys.stderr)
     return EXIT_GATE if any(missed.values()) else 0
+
+
+def check(run: Run, bounds: Sequence[str]) -> None:
+    """Raises UserError for a run that cannot be compared, or cannot be held to the bounds of these names."""
+    from esd.evaluation.sweep import knows_the_rest
+
+    if "target" not in run.rates:
+        raise UserError(
+            f"{run.path} has no rate of what was erased ({run.reason or 'none was measured'}), so that there is "
+            "nothing to compare; leave it out, or look at it with esd.report"
+        )
+    if bounds and run.lost:
+        lost = "; ".join(f"of the {model} model {words}" for model, words in run.lost.items())
+        raise UserError(
+            f"{' '.join(bounds)}: {run.path} lacks pictures ({lost}) and cannot be held to it; remove what is corrupt, "
+            f"and draw what is missing: {run.command or 'evaluate again'}"
+        )
+    if "--max-drop" in bounds and not knows_the_rest(run.rates):
+        raise UserError(
+            f"--max-drop: {run.path} drew no prompt that names nothing erased, so that no rate of others of its kind "
+            "or of the other kind can be held to it; evaluate the checkpoint on prompts such as 'a {thing} in the "
+            "{style} style' (of esd.train: evaluation.retained_images=200), or leave --max-drop out"
+        )
 
 
 def misses(run: Run, min_ua: float | None, max_drop: float | None) -> list[str]:
@@ -131,18 +165,21 @@ def told(run: Run) -> dict[str, Any]:
     }
 
 
-def table(runs: Sequence[Run]) -> str:
+def table(runs: Sequence[Run], tried: Sequence[Trial]) -> str:
     """A row for each run, UA first, then every rate before and after with its interval and n below it.
 
     Runs that differ in the seed alone are followed by a row in which their pictures are counted together.
+
+    Args:
+        runs: with a rate of the target.
+        tried: the same, those that differ in the seed alone as one trial.
     """
     from esd.evaluation.runs import TITLES
-    from esd.evaluation.sweep import trials
     from esd.evaluation.words import title
 
     measures = [name for name in TITLES if any(name in run.rates for run in runs)]
     rows = [["run", "UA", *map(title, measures)]]
-    last = {trial.runs[-1].path: trial for trial in trials(runs, over=("seed",)) if len(trial.runs) > 1}
+    last = {trial.runs[-1].path: trial for trial in tried if len(trial.runs) > 1}
     for run in runs:
         rows += cells(str(run.path), run.rates, measures)
         if trial := last.get(run.path):

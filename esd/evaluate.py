@@ -212,7 +212,7 @@ def compare(
     """
     from esd.evaluation import implicit, table
     from esd.evaluation.judges import EmojiJudge
-    from esd.evaluation.reading import spread
+    from esd.evaluation.reading import fid_and_kid
     from esd.evaluation.vocabulary import DOMAINS
 
     judge = next((judge for judge in judges if set(DOMAINS) <= set(judge.questions)), None)
@@ -228,7 +228,7 @@ def compare(
         told["erasure"] = known | table.erasure(rows, judge.name, threshold, targets)
     if isinstance(judge, EmojiJudge) and not implied:  # of which every prompt means what was erased
         features = {"features": f"{judge.name} {judge.version} {judge.hash[:12]}"}
-        told["distances"] = spread(plans["base"], plans["erased"], judge.features, targets) | features
+        told["distances"] = fid_and_kid(plans["base"], plans["erased"], judge.features, targets) | features
     return told
 
 

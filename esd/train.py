@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd.config.train import TrainConfig
 from esd.config.train_sections import STALENESS, EvaluationConfig
+from esd.drawing import most_held_gib
 from esd.errors import UserError
 from esd.main import EXIT_SIGNAL, run_program
 from esd.model import check, find_device, load
@@ -196,7 +197,7 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
 
     start_tracker(accelerator, config.tracker, run)
     try:
-        trainer.train(family, plan, run.path, accelerator, versions=versions())
+        trainer.train(family, plan, run.path, accelerator, versions=versions(), held=lambda: peak_gib(family))
     except trainer.Stopped as stopped:
         accelerator.print(str(stopped), file=sys.stderr)
         return EXIT_SIGNAL + stopped.signal
@@ -204,6 +205,16 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
         if config.tracker.name != "none":
             accelerator.end_training()
     return 0
+
+
+def peak_gib(family: Family) -> dict[str, float]:
+    """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one trains."""
+    import torch
+
+    told: dict[str, float] = {"process": held} if (held := most_held_gib()) else {}
+    if family.device.type == "cuda":
+        told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
+    return told
 
 
 def check_evaluation(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:
@@ -269,7 +280,9 @@ def measure(
         picture=run / "preview.png",
         erase_from=config.erase_from,
     )
-    told = {name: trained.provenance[name] for name in ("seconds", "parameters")} | {"seed": config.seed}
+    told = {name: trained.provenance.get(name) for name in ("seconds", "peak_gib", "parameters")} | {
+        "seed": config.seed
+    }
     reason = rates.pop("reason")
     write_json(run / "summary.json", rates | told | facts | {"reason": reason})
     for name, rate in rates.items():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ def train(
     accelerator: Any,
     *,
     versions: Mapping[str, str] | None = None,
+    held: Callable[[], Mapping[str, float]] = dict,
 ) -> TrainResult:
     """Trains, and writes `run_dir/erased.safetensors`; the family's model is the base again afterwards, on the CPU.
 
@@ -82,6 +83,7 @@ def train(
         run_dir: gets metrics.jsonl, the checkpoint and, while training, state/.
         accelerator: an `accelerate.Accelerator`, its trackers started if there are any.
         versions: for provenance.
+        held: tells the most memory that was held so far, in GiB by what holds it; for provenance.
 
     Raises:
         UserError: see `esd.description.describe`, `student_views` and `make_adam`; the state in run_dir is of another
@@ -91,7 +93,7 @@ def train(
     family.place("encoders")
     point_sources(family, plan, None, None, accelerator.num_processes)  # encodes every prompt
     with student_views(family, plan, accelerator) as views:
-        return _train(family, plan, views, run_dir, accelerator, versions or {})
+        return _train(family, plan, views, run_dir, accelerator, versions or {}, held)
 
 
 @contextmanager
@@ -133,6 +135,7 @@ def _train(
     run_dir: Path,
     accelerator: Any,
     versions: Mapping[str, str],
+    held: Callable[[], Mapping[str, float]],
 ) -> TrainResult:
     """What `train` says, with the model already made trainable."""
     erasing, preserving = point_sources(family, plan, views.student, views.teacher, accelerator.num_processes)
@@ -202,7 +205,7 @@ def _train(
     seconds, path = spent(), run_dir / checkpoint.FILE_NAME
     if accelerator.is_main_process:
         differences = views.differences()
-        told = provenance(family, plan, views, seconds, versions, accelerator.mixed_precision)
+        told = provenance(family, plan, views, seconds, held(), versions, accelerator.mixed_precision)
         checkpoint.save(path, differences, told)
         if isinstance(differences, LowRank):
             checkpoint.write_lora(family.pipe, differences, run_dir / checkpoint.LORA_NAME)
@@ -360,6 +363,7 @@ def provenance(
     plan: TrainPlan,
     views: Views,
     seconds: float,
+    held: Mapping[str, float],
     versions: Mapping[str, str],
     mixed_precision: str,
 ) -> dict[str, Any]:
@@ -373,6 +377,7 @@ def provenance(
         "mixed_precision": mixed_precision,
         "parameters": sum(p.numel() for p in views.parameters()),
         "seconds": round(seconds, 3),
+        "peak_gib": dict(held),
         "versions": dict(versions),
     }
 

@@ -108,7 +108,16 @@ def training(
 
 
 def evaluation(
-    folder: Path, weights: Path | None, *, concept: str = "cat", still: int = 1, images: int = 12, nudity: bool = False
+    folder: Path,
+    weights: Path | None,
+    *,
+    concept: str = "cat",
+    still: int = 1,
+    images: int = 12,
+    nudity: bool = False,
+    lost: int = 0,
+    seed: int = 0,
+    own_seeds: bool = True,
 ) -> Path:
     """An evaluation: half of the prompts ask for a cat, of which the erased model draws `still`; dogs stay.
 
@@ -119,6 +128,9 @@ def evaluation(
         still: cats that it draws.
         images: prompts.
         nudity: whether a second judge reads it, which flags every cat.
+        lost: dogs of the erased model whose pictures are missing.
+        seed: the run's setting.
+        own_seeds: whether each prompt brings its seed, so that the setting changes no picture.
     """
     asked = [("cat" if i % 2 == 0 else "dog", STYLES[i // 2 % 2]) for i in range(images)]
     plans = {}
@@ -130,13 +142,22 @@ def evaluation(
             colour = (255 * red, 255 * (style == "mosaic"), 200)
             Image.new("RGB", (8, 8), colour).save(folder / model / f"{i}_0.png")
             prompt = f"a {thing} in the {style} style"
-            drawn.append(Drawn(f"{i}_0.png", i, 0, prompt, i, 4.0, {"thing": thing, "style": style}))
+            place = i if own_seeds else 8 * seed + i  # settings that follow each other share four pictures
+            drawn.append(Drawn(f"{i}_0.png", i, 0, prompt, place, 4.0, {"thing": thing, "style": style}))
+            if model == "erased" and thing == "dog" and i // 2 < lost:
+                (folder / model / f"{i}_0.png").unlink()
         plans[model] = Manifest(folder / model, {}, None, None, 2, tuple(drawn))
     judges = [Colours(), *([Nudity()] if nudity else [])]
     table.write_table(
         folder / "images.csv", [row for name, plan in plans.items() for row in reading.read(name, plan, judges)]
     )
-    settings = {"prompts": "p.csv", "checkpoint": str(weights), "judges": [], "suite": {"name": "prompts"}}
+    settings = {
+        "prompts": "p.csv",
+        "checkpoint": str(weights),
+        "judges": [],
+        "suite": {"name": "prompts"},
+        "seed": seed,
+    }
     config(folder, settings, "python -m esd.evaluate")
     measure(folder, weights, concept, {judge.name: table.facts(judge) for judge in judges})
     return folder
@@ -196,18 +217,19 @@ def grid(folder: Path, planned: int = 2) -> Path:
         "retention": [{"name": "dog", "similarity": 0.4, "before": 1.0, "after": 0.5, "n": 2}],
         "over_erasure": 0.5,
         "seconds": 1.0,
+        "peak_gib": {"process": 0.5},
         "parameters": 12,
-        "bytes": 48,
+        "bytes": 480_000,
     }
     metrics = {
         "suite": "emoji_canvas",
         "method": {"name": "esd_u", "training": ["selection=esd_u"]},
         "judges": {judge.name: table.facts(judge)},
         "planned": planned,
+        "images": table.states([row for side in sides.values() for row in side]),
         "erasures": [erasure],
         "means": {"thing": canvas.mean([scores])},
         "published": canvas.PUBLISHED,
-        "peak_gib_training": 0.5,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     return folder

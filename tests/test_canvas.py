@@ -3,22 +3,28 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 
-from esd.canvas import quoted, settings_of
+from esd.canvas import Canvas, quoted, settings_of
+from esd.checkpoint import load, save
 from esd.config.evaluate import EvaluateConfig
 from esd.config.paths import conf_dir
 from esd.config.train import TrainConfig
 from esd.evaluation.canvas import counted, grid, mean, order, scores
 from esd.evaluation.foretold import inside
+from esd.evaluation.generate import Manifest
+from esd.evaluation.metrics import wilson
 from esd.evaluation.retention import Retained, area, curve
+from esd.evaluation.runs import Run, read
 from esd.evaluation.vocabulary import Target
-from tests.programs import BUNDLED, Command, composed, known_model, table
+from tests.programs import BUNDLED, Command, composed, erased_weights, known_model, table
 
 THINGS, STYLES = ["cat", "dog", "rose"], ["flat", "neon"]
 MODEL = BUNDLED / "emoji-sd"
@@ -88,7 +94,38 @@ def test_means_weigh_erasures_alike_and_tell_how_many_there_are() -> None:
     base = counted(pictured({}), "judge")
     gone = counted(pictured({("cat", "flat"): ("dog", "flat"), ("cat", "neon"): ("dog", "neon")}), "judge")
     told = mean([scores(Target("thing", name), base, gone) for name in ("cat", "dog")])
-    assert told["UA"] == {"rate": (1 + 0) / 2, "base": 0, "of_base": (1 + 0) / 2, "erasures": 2}
+    assert (told["UA"]["rate"], told["UA"]["base"], told["UA"]["of_base"]) == ((1 + 0) / 2, 0, (1 + 0) / 2)
+    assert told["UA"]["erasures"] == told["UA"]["of_base_erasures"] == 2
+
+
+def test_the_mean_of_one_erasure_has_the_interval_of_its_own_pictures() -> None:
+    base = counted(pictured({("dog", "neon"): ("cat", "neon")}), "judge")
+    gone = counted(pictured({("cat", "flat"): ("dog", "flat"), ("rose", "flat"): ("dog", "flat")}), "judge")
+    one = scores(Target("thing", "cat"), base, gone)
+    told = mean([one])
+    for name in ("UA", "IRA", "CRA"):
+        hits, n = round(one[name]["rate"] * one[name]["n"]), one[name]["n"]
+        assert told[name]["interval"] == pytest.approx(wilson(hits, n))
+        assert told[name]["of_base_interval"] == pytest.approx(one[name]["of_base_interval"])
+        low, high = one[name]["of_base_interval"]
+        assert low <= one[name]["of_base"] <= high and high - low > 0.1, "few pictures tell little"
+
+
+def test_the_mean_of_many_has_an_interval_over_them_and_none_is_certain_for_being_alike() -> None:
+    def erasure(ua: float) -> dict[str, dict[str, Any]]:
+        score = {"rate": ua, "n": 30, "base": 0.0, "n_base": 30, "of_base": ua}
+        return dict.fromkeys(("UA", "IRA", "CRA"), score)
+
+    far = mean([erasure(ua) for ua in (0.1, 0.4, 1.0)])["UA"]
+    assert far["interval"] == [0, 1], "three that differ so tell nothing"  # 0.5 -+ 4.303 * 0.458 / sqrt(3)
+    near = mean([erasure(ua) for ua in (0.4, 0.5, 0.6) * 4])["UA"]
+    low, high = near["interval"]
+    assert (low, high) == pytest.approx((0.5 - 0.0542, 0.5 + 0.0542), abs=2e-3)  # t of 11: 2.201 * 0.0853 / sqrt(12)
+    alike = mean([erasure(1.0)] * 5)["UA"]
+    assert alike["interval"] == pytest.approx(wilson(150, 150)) and alike["of_base_interval"][0] < 1
+    assert alike["of_base_interval"][1] == 1
+    nothing = mean([])["UA"]
+    assert nothing["rate"] is nothing["interval"] is nothing["of_base_interval"] is None and nothing["erasures"] == 0
 
 
 def test_every_beginning_of_the_order_has_its_share_of_both_domains() -> None:
@@ -211,7 +248,10 @@ def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_
     assert [erasure[name]["n"] for name in ("UA", "IRA", "CRA")] == [2, 2, 4]
     assert (command.folder / "canvas/thing-cat/training/lora.safetensors").is_file()
     assert len(erasure["denoiser"]["erased"]["points"]) == 2
+    assert erasure["peak_gib"]["process"] > 0.1 and [erasure[name]["n_base"] for name in ("UA", "IRA")] == [2, 2]
+    assert "things, mean of 1 erasures:" in ended.out and ended.out.count(", n=1)") >= 3, "with interval and n"
     (line,) = table(command.folder / "canvas/canvas.csv")
+    assert float(line["peak_gib_process"]) == erasure["peak_gib"]["process"] and line["peak_gib_gpu"] == ""
     assert float(line["residual"]) == inside(erasure["denoiser"])["residual"] and float(line["drift"]) >= 0
     made = {path: path.stat().st_mtime_ns for path in (command.folder / "canvas/thing-cat").rglob("*.png")}
     trained = shutil.copytree(
@@ -222,6 +262,7 @@ def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_
         assert ended.code == 0, ended.err
         told = json.loads((command.folder / "canvas/metrics.json").read_text())
         assert [one["name"] for one in told["erasures"]] == names and told["planned"] == len(names)
+        assert told["erasures"][0]["peak_gib"] == erasure["peak_gib"], "of the training, not of who reads it"
     assert made == {path: path.stat().st_mtime_ns for path in (command.folder / "canvas/thing-cat").rglob("*.png")}
     assert trained.is_dir() and len([*(command.folder / "canvas/style-flat/erased").glob("*.png")]) == 4
     before = (command.folder / "canvas/config.yaml").read_bytes()
@@ -230,6 +271,68 @@ def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_
     again = command("evaluate", *known, "method=lora", training, "limit=1", "denoiser_points=3")
     assert again.code == 2 and "holds other images" in again.err
     assert (command.folder / "canvas/config.yaml").read_bytes() == before
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The same canvas, whose erasures are made up at once, as a version made them that did not tell their memory."""
+
+    def train(self: Canvas, target: Target) -> int:
+        folder = self.folder(target) / "training"
+        made = load(erased_weights(folder / "erased.safetensors"))
+        save(made.path, made.differences, made.provenance | {"seconds": 1.0, "parameters": 3})
+        (folder / "summary.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(Canvas, "train", train)
+    monkeypatch.setattr(Canvas, "refuse", lambda self, targets: 0)
+    return (*known, "method=esd_u", "denoiser_points=0")
+
+
+def test_pictures_that_a_canvas_lacks_are_counted_and_warned_of(command: Command, quick: tuple[str, ...]) -> None:
+    ended = command("evaluate", *quick, "limit=1")
+    assert ended.code == 0 and not ended.err, ended.err
+    canvas = command.folder / "canvas"
+    (canvas / "base/0_0.png").write_bytes(b"no picture")
+    Image.new("RGB", (32, 32)).save(canvas / "thing-cat/erased/2_0.png")
+    ended = command("evaluate", *quick, "limit=1")
+    assert ended.code == 0, ended.err
+    assert "warning: images of base: 1 corrupt, the first base/0_0.png; they count in no rate" in ended.err
+    assert "images of cat: 1 corrupt, the first thing-cat/erased/2_0.png" in ended.err, "also one of another size"
+    told = json.loads((canvas / "metrics.json").read_text())
+    assert told["images"] == {name: {"ok": 3, "missing": 0, "corrupt": 1} for name in ("base", "cat")}
+    (cat,) = told["erasures"]
+    assert (cat["UA"]["n"], cat["UA"]["n_base"], cat["IRA"]["n"], cat["IRA"]["n_base"]) == (2, 1, 1, 2)
+    run = read(canvas)
+    assert isinstance(run, Run) and run.notes == ("pictures that are in no rate: base: 1 corrupt; cat: 1 corrupt",)
+
+
+def test_a_finished_canvas_that_is_stopped_while_it_is_read_again_keeps_all_it_told(
+    command: Command, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("evaluate", *quick, "limit=2").code == 0
+    files = [command.folder / "canvas" / name for name in ("metrics.json", "canvas.csv", "images.csv")]
+    before, whole = [file.read_bytes() for file in files], Canvas.read
+
+    def read_then_stop(self: Canvas, model: str, manifest: Manifest) -> list[dict[str, str]]:
+        if model == "flat":
+            raise KeyboardInterrupt
+        return whole(self, model, manifest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Canvas, "read", read_then_stop)
+        try:
+            stopped = command("evaluate", *quick, "limit=2").code
+        except KeyboardInterrupt:
+            stopped = 130
+    assert stopped == 130 and before == [file.read_bytes() for file in files]
+    told = json.loads(before[0])
+    for erasure in told["erasures"]:  # as earlier versions told them
+        assert erasure.pop("peak_gib") is None
+        for name in ("UA", "IRA", "CRA"):
+            del erasure[name]["n_base"], erasure[name]["of_base_interval"]
+    files[0].write_text(json.dumps(told))
+    assert command("evaluate", *quick, "limit=2").code == 0 and files[0].read_bytes() == before[0]
 
 
 @pytest.mark.slow(reason="a whole erasure of the bundled model, and eight hundred pictures")

@@ -63,6 +63,55 @@ def test_a_bound_that_is_met_to_the_last_bit_is_met(command: Command) -> None:
         assert ended.code == 0, ended.err
 
 
+@pytest.mark.parametrize("kept", [{}, {"target_style": (1.0, 1.0, 50)}])
+def test_a_drop_that_nothing_was_measured_for_is_no_drop_of_nothing(
+    command: Command, kept: dict[str, tuple[float, float, int]]
+) -> None:
+    finished.training(command.folder / "cat", (0.95, 0.0, 200), kept)
+    ended = command("compare", "cat", "--min-ua", "0.95", "--max-drop", "0")
+    assert ended.code == 2 and not ended.out and "cat drew no prompt that names nothing erased" in ended.err
+    assert command("compare", "cat", "--min-ua", "0.95").code == 0
+    finished.training(command.folder / "dog", (0.95, 0.0, 200), kept | {"cross_domain": (0.9, 0.9, 50)})
+    assert command("compare", "dog", "--max-drop", "0").code == 0, "one of the two kinds is enough"
+
+
+def test_a_run_that_lacks_pictures_is_warned_of_and_held_to_nothing(command: Command) -> None:
+    finished.evaluation(command.folder / "eval", command.folder / "w.safetensors", still=0, lost=6)
+    ended = command("compare", "eval")
+    assert ended.code == 0 and "warning: eval: pictures that are in no rate: erased: 6 missing" in ended.err
+    for bound in (["--min-ua", "0.9"], ["--max-drop", "0.5"]):
+        ended = command("compare", "eval", *bound)
+        assert ended.code == 2 and not ended.out and "eval lacks pictures (of the erased model 6 missing)" in ended.err
+        assert "python -m esd.evaluate" in ended.err, "how to draw them"
+
+
+def test_a_folder_with_an_unfinished_run_is_held_to_nothing(command: Command) -> None:
+    for number in range(3):
+        finished.training(command.folder / f"sweep/{number}_eta_{number}", eta=number)
+    (command.folder / "sweep/1_eta_1/summary.json").unlink()
+    ended = command("compare", "sweep")
+    assert ended.code == 0 and "warning: sweep/1_eta_1 is a run of training that is not finished" in ended.err
+    ended = command("compare", "sweep", "--min-ua", "0.95")
+    assert ended.code == 2 and not ended.out and "1 of 3 runs in sweep cannot be held to it" in ended.err
+    assert f"finish it with: {finished.COMMAND}" in ended.err
+
+
+def test_pictures_that_two_runs_share_are_not_counted_twice(command: Command) -> None:
+    weights = command.folder / "w.safetensors"
+    for name, seed, own in (("one", 0, True), ("same", 1, True), ("other", 2, False)):
+        finished.evaluation(command.folder / name, weights, seed=seed, own_seeds=own)
+    ended = command("compare", "one", "same")
+    assert "together" not in ended.out and "same drew pictures that one or another run of its setting has" in ended.err
+    ended = command("compare", "one", "same", "other")
+    assert "2 seeds together" in ended.out and "n=12" in ended.out and "n=18" not in ended.out
+    finished.evaluation(command.folder / "between", weights, seed=1, own_seeds=False)
+    ended = command("compare", "one", "between", "other")
+    assert "2 seeds together" in ended.out and ended.err.count("count") == ended.err.count("between drew") == 1
+    for name in ("cat", "copy"):
+        finished.training(command.folder / name)
+    assert "together" not in command("compare", "cat", "copy").out, "one training, twice"
+
+
 def test_json_has_every_figure(command: Command, runs: Path) -> None:
     ended = command("compare", "cat", "dog", "--json", "--min-ua", "0.95")
     assert ended.code == 3

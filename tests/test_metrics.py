@@ -1,5 +1,7 @@
 """Rates: the interval is Wilson's, targets are told from the retained, and every row of the exam is fair."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from esd.evaluation.erasure import exam, known_targets, preview_lines
 from esd.evaluation.judges import Readings
-from esd.evaluation.metrics import NO_RATE, erasure_rates, wilson
+from esd.evaluation.metrics import NO_RATE, erasure_rates, mean_interval, ratio_interval, wilson
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.vocabulary import Entry, Target, Vocabulary
 
@@ -87,6 +89,42 @@ def test_target_same_domain_and_cross_domain_are_counted_apart() -> None:
     )
     assert rates["neither"] == 0.5
     assert rates["target"]["interval"] == list(wilson(0, 2))
+
+
+COUNTS = st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(COUNTS, COUNTS.filter(lambda base: base[0] > 0))
+def test_the_interval_of_a_ratio_holds_it_and_narrows_with_the_pictures(own: tuple, base: tuple) -> None:
+    low, high = ratio_interval(*own, *base)
+    ratio = (own[0] / own[1]) / (base[0] / base[1])
+    assert 0 <= low <= ratio <= high and low < high
+    more = ratio_interval(*(100 * count for count in (*own, *base)))
+    assert low <= more[0] + 1e-9 and more[1] <= high + 1e-9
+    assert (low == 0) == (own[0] == 0)
+
+
+def test_beside_a_base_that_is_known_well_a_ratio_is_a_rate() -> None:
+    assert ratio_interval(3, 10, 10**7, 10**7) == pytest.approx(wilson(3, 10), rel=1e-3)
+    half = ratio_interval(3, 10, 5 * 10**6, 10**7)
+    assert half == pytest.approx([2 * end for end in wilson(3, 10)], rel=1e-2)
+    with pytest.raises(ValueError, match="0 of 5 is no base"):
+        ratio_interval(1, 2, 0, 5)
+
+
+def test_the_interval_of_a_ratio_holds_the_true_one_about_as_often_as_it_says() -> None:
+    draws, n, rates = np.random.default_rng(0), 60, (0.5, 0.8, 0.95)
+    for rate, base in itertools.product(rates, rates):
+        pairs = zip(draws.binomial(n, rate, 400), draws.binomial(n, base, 400), strict=True)
+        ends = [ratio_interval(int(k), n, int(k_base), n) for k, k_base in pairs]
+        assert np.mean([low <= rate / base <= high for low, high in ends]) > 0.92
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    assert mean_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - 1.963, 3 + 1.963), abs=1e-3)  # 2.776 x 0.7071
+    assert mean_interval([0.25]) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
 
 
 def test_what_implies_the_concept_is_neither_target_nor_retained() -> None:

@@ -139,6 +139,35 @@ def test_headlines_say_no_more_than_the_figures(
     assert headline in page(command, "cat").words
 
 
+@pytest.mark.parametrize("kept", [{}, {"target_style": (1.0, 1.0, 50)}])
+def test_a_headline_says_nothing_of_a_rest_that_was_not_measured(
+    command: Command, kept: dict[str, tuple[float, float, int]]
+) -> None:
+    finished.training(command.folder / "cat", (0.95, 0.0, 100), kept)
+    words = page(command, "cat").words
+    assert "“cat” is gone. " in words and "what became of the rest is not known" in words
+    assert "stayed" not in words and "should stay fell" not in words
+
+
+def test_a_setting_that_measured_nothing_else_is_not_the_one_to_take(command: Command) -> None:
+    finished.training(command.folder / "sweep/0", (0.95, 0.0, 200), {}, eta=1.0)
+    finished.training(command.folder / "sweep/1", (0.95, 0.0, 200), {"same_domain": (0.95, 0.93, 100)}, eta=2.0)
+    made = page(command, "sweep")
+    assert "Take eta=2" in made.words and "1 that measured nothing that should stay left aside" in made.words
+    assert "not measured" in made.words and made.source.count('class="whisker"') == 2, "one point"
+    finished.training(command.folder / "blind/0", (0.95, 0.0, 200), {}, eta=1.0)
+    finished.training(command.folder / "blind/1", (0.95, 0.4, 200), {}, eta=2.0)
+    made = page(command, "blind")
+    assert (
+        "erases the most; what should stay was measured with none" in made.words and 'class="halo"' not in made.source
+    )
+
+
+def test_a_command_that_is_no_utf8_is_shown_all_the_same(command: Command) -> None:
+    finished.training(command.folder / "cat", command="python -m esd.train run_dir=\udcff")
+    assert "run_dir=\ufffd" in page(command, "cat").words
+
+
 def test_pictures_stand_side_by_side_those_that_still_show_it_first(command: Command, runs: Path) -> None:
     made = page(command, "eval")
     pictures = made.all("img")
@@ -188,8 +217,26 @@ def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Co
     made = page(command, "canvas")
     assert "Erased in turn, esd_u takes away 100% of things, and leaves 50% of their kind." in made.words
     assert "1 of 2 erasures are done; the same command goes on" in made.words
-    assert re.search(r"things, mean of 1 100% \(100%\) 50% \(50%\) 100% \(100%\) 92.2% / 56% / 44%", made.words)
-    assert re.search(r"cat 100% → 0% 0% to 66%, n=2 100% → 50%", made.words)
+    own = r"things, mean of 1 100% 34% to 100%, n=1 100% \S+ to 100%, n=1 50% 9.5% to 90.5%, n=1 50% "
+    assert re.search(own, made.words) and "92.2% / 56% / 44%" in made.words
+    assert re.search(r"cat 100% → 0% 0% to 66%, n=2, base's 2 100% → 50%", made.words)
+    assert re.search(r"1.00 0.500 1 0.50 0.5 ", made.words), "FID, no KID, over-erasure, seconds, GiB and MB"
+    file = command.folder / "canvas/metrics.json"
+    told = json.loads(file.read_text())  # as earlier versions told it
+    for one in (*told["erasures"], *told["means"].values()):
+        for name in ("UA", "IRA", "CRA"):
+            for field in (
+                "n_base",
+                "of_base_interval",
+                "of_base_erasures",
+                *(["interval"] if "name" not in one else []),
+            ):
+                one[name].pop(field, None)
+    del told["erasures"][0]["peak_gib"], told["images"]
+    file.write_text(json.dumps(told | {"peak_gib_training": None}))
+    made = page(command, "canvas")
+    assert re.search(r"things, mean of 1 100% 100% 50% 50% 100% 100% 92.2%", made.words)
+    assert re.search(r"n=2 100% → 50%", made.words) and re.search(r"1.00 0.500 1 0.5 ", made.words)
     assert "What other things lost: over-erasure 0.500" in made.words and made.source.count("faint-dot") == 2
     assert [one["alt"].partition(":")[0] for one in made.all("img")] == ["base", "cat erased"]
 
@@ -234,11 +281,14 @@ def test_lost_pictures_are_counted(command: Command, runs: Path) -> None:
     (runs / "eval/base/4_0.png").write_bytes(whole[: len(whole) // 2])
     (runs / "cat/preview.png").unlink()
     made = page(command, "cat", "eval")
-    assert "pictures of the erased model that cannot be read: 1 missing, 1 corrupt" in made.words
+    assert "pictures of the erased model that cannot be read any more: 1 missing, 1 corrupt" in made.words
     assert "colours, thing 100% 58%" in made.words, "they were there when they were read"
-    assert "pictures of the base model that cannot be read: 1 corrupt" in made.words
+    assert "pictures of the base model that cannot be read any more: 1 corrupt" in made.words
     assert "preview.png is missing or corrupt" in made.words
     assert made.words.count("missing or corrupt") == 1 + 3 and len(made.all("img")) == 24 - 3
+    finished.evaluation(runs / "lacking", runs / "cat/erased.safetensors", lost=2)
+    words = page(command, "lacking").words
+    assert "lacking: pictures that are in no rate: erased: 2 missing" in words and "any more" not in words
 
 
 def test_a_sweep_has_its_front_its_table_and_its_recommendation(command: Command) -> None:

@@ -40,6 +40,11 @@ def test_an_evaluation_and_attacks_are_read(tmp_path: Path) -> None:
     assert not run.rates and run.reason == "only the base was measured"
 
 
+def test_pictures_that_judges_did_not_get_are_noted(tmp_path: Path) -> None:
+    run = one(finished.evaluation(tmp_path / "eval", tmp_path / "w.safetensors", lost=2))
+    assert run.lost == {"erased": "2 missing"} and run.notes == ("pictures that are in no rate: erased: 2 missing",)
+
+
 def test_a_canvas_is_read_with_the_rates_of_every_erasure(tmp_path: Path) -> None:
     run = one(finished.grid(tmp_path / "canvas"))
     assert (run.kind, run.concepts, run.base.name) == ("canvas", ("cat",), "tiny")

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esd.evaluation.runs import Rate, Run, Sweep, read
-from esd.evaluation.sweep import GONE, Trial, front, largest_drop, pool, recommend, swept, trials, write_table
+from esd.evaluation.sweep import (
+    GONE,
+    UNKEPT,
+    Trial,
+    front,
+    largest_drop,
+    pool,
+    recommend,
+    swept,
+    trials,
+    unbeaten,
+    write_table,
+)
 from tests import finished
 from tests.programs import table
 
@@ -37,22 +49,46 @@ def test_the_front_does_not_depend_on_the_order(points: list[tuple[float, float]
     assert sorted(points[i] for i in front(points)) == sorted(shuffled[i] for i in front(shuffled))
 
 
-def trial(target: tuple[int, int], same: tuple[int, int]) -> Trial:
-    """One of 100 pictures each."""
-    return Trial({}, (), {"target": Rate(*target, 100), "same_domain": Rate(*same, 100)})
+def trial(target: tuple[int, int], same: tuple[int, int] | None) -> Trial:
+    """One of 100 pictures each; without `same` nothing else was measured but the style on target prompts."""
+    rest = {"same_domain": Rate(*same, 100)} if same else {"target_style": Rate(100, 100, 100)}
+    return Trial({}, (), {"target": Rate(*target, 100), **rest})
 
 
 @given(st.lists(st.tuples(COUNTS, COUNTS), min_size=1, max_size=8))
 def test_the_recommended_is_unbeaten_and_keeps_the_most_of_those_that_are_gone(counts: list) -> None:
     tried = [trial(*one) for one in counts]
     best, why = recommend(tried)
-    assert best in front([(one.erased, one.kept) for one in tried])
+    assert best in front([(one.erased, one.kept) for one in tried]) == unbeaten(tried)
     gone = [one for one in tried if one.rates["target"].interval[1] <= GONE]
     assert ("none" in why) == (not gone)
     if gone:
         assert tried[best] in gone and tried[best].kept == max(one.kept for one in gone)
     else:
         assert tried[best].erased + tried[best].kept == max(one.erased + one.kept for one in tried)
+
+
+@given(st.lists(st.tuples(COUNTS, st.none() | COUNTS), min_size=1, max_size=8))
+def test_a_trial_that_measured_nothing_else_is_taken_only_where_all_did_so(counts: list) -> None:
+    tried = [trial(*one) for one in counts]
+    known = [i for i, (_, same) in enumerate(counts) if same]
+    best, why = recommend(tried)
+    assert [i for i, one in enumerate(tried) if one.kept is not None] == known and set(unbeaten(tried)) <= set(known)
+    if not known:
+        assert why == UNKEPT and tried[best].erased == max(one.erased for one in tried)
+    else:
+        assert known[recommend([tried[i] for i in known])[0]] == best
+        assert ("left aside" in why) == (len(known) < len(tried))
+
+
+def test_what_was_not_measured_is_not_kept(tmp_path: Path) -> None:
+    finished.training(tmp_path / "sweep/0", (0.95, 0.0, 200), {}, eta=1.0)
+    finished.training(tmp_path / "sweep/1", (0.95, 0.0, 200), {"same_domain": (0.95, 0.93, 100)}, eta=2.0)
+    found = read(tmp_path / "sweep")
+    assert isinstance(found, Sweep)
+    write_table(tmp_path / "sweep.csv", trials(found.runs))
+    told = [(row["kept"], row["on_front"], row["recommended"]) for row in table(tmp_path / "sweep.csv")]
+    assert told == [("", "False", "False"), ("0.98", "True", "True")]
 
 
 @given(st.lists(COUNTS, min_size=1, max_size=5))

@@ -64,6 +64,14 @@ def manifests(tmp_path: Path) -> dict[str, Manifest]:
     return {name: drawn(tmp_path / name, seed) for seed, name in enumerate(("base", "erased"))}
 
 
+def test_a_picture_that_a_judge_cannot_take_for_its_size_is_corrupt(manifests: dict[str, Manifest]) -> None:
+    judge = Brightness()
+    judge.size = 8
+    rows = reading.read("base", manifests["base"], [judge])
+    assert [row["state"] for row in rows] == ["corrupt"] + ["ok"] * (len(LABELS) - 1)
+    assert "bright.thing" not in rows[0] and "bright.thing" in rows[1]
+
+
 def read(manifests: dict[str, Manifest]) -> list[table.Row]:
     judges, pairs = [Brightness()], [Difference()]
     base = reading.read("base", manifests["base"], judges)
@@ -177,11 +185,11 @@ def test_distances_are_over_what_was_not_erased(manifests: dict[str, Manifest]) 
     def features(images: np.ndarray) -> np.ndarray:
         return images[:, 0, 0].astype(float)
 
-    found = reading.spread(manifests["base"], manifests["erased"], features, TARGETS)
+    found = reading.fid_and_kid(manifests["base"], manifests["erased"], features, TARGETS)
     assert found["n"] == 6 and found["fid"] > 0
-    same = reading.spread(manifests["base"], manifests["base"], features, [])
+    same = reading.fid_and_kid(manifests["base"], manifests["base"], features, [])
     assert same["n"] == 12 and same["fid"] == pytest.approx(0, abs=1e-6)
-    nothing = reading.spread(manifests["base"], manifests["erased"], features, [*TARGETS, Target("thing", "dog")])
+    nothing = reading.fid_and_kid(manifests["base"], manifests["erased"], features, [*TARGETS, Target("thing", "dog")])
     assert nothing == {"fid": None, "kid": None, "n": 0}
 
 

@@ -57,6 +57,7 @@ def test_one_command_leaves_a_run_directory_and_nothing_else(command: Command) -
         "implied",
         "neither",
         "seconds",
+        "peak_gib",
         "parameters",
         "seed",
         "judge",
@@ -65,6 +66,7 @@ def test_one_command_leaves_a_run_directory_and_nothing_else(command: Command) -
         "reason",
     }
     assert set(summary["target"]) == RATE and summary["target"]["before"] is None
+    assert summary["peak_gib"]["process"] > 0.1
     assert "no vocabulary.json" in summary["reason"]
     told = load(command.folder / "runs/cat").provenance
     assert (told["concepts"], told["objective"]["eta"], told["seed"]) == (["cat"], 2.0, 0)

@@ -11,6 +11,9 @@ over the whole grid, pictures that ask for e among those of CRA. A judge and a b
 three; beside each stands the same of the base, and its share of it: 1 - acc(e) / acc_base(e) for UA, the ratio for the
 others.
 
+The mean of many erasures has an interval over erasures, by Student's t: they differ by more than their pictures do. It
+is never narrower than what all their pictures give together, which matters where few erasures, or one, come out alike.
+
 Source: Zhang et al. 2024, "UnlearnCanvas" (arXiv:2402.11846); machine_unlearning/evaluation/quantitative/accuracy.py of
 OPTML-Group/UnlearnCanvas.
 """
@@ -18,9 +21,10 @@ OPTML-Group/UnlearnCanvas.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from esd.evaluation.metrics import wilson
+from esd.evaluation.metrics import mean_interval, ratio_interval, wilson
 from esd.evaluation.prompts import PromptRow, fill
 from esd.evaluation.vocabulary import DOMAINS, OTHER, Target
 
@@ -28,6 +32,8 @@ SCORES = ("UA", "IRA", "CRA")
 GOLDEN = (5**0.5 - 1) / 2  # numbers in the order of their multiples' fractions: neighbours end up far apart
 PUBLISHED = {"style": {"UA": 0.986, "IRA": 0.810, "CRA": 0.940}, "thing": {"UA": 0.922, "IRA": 0.558, "CRA": 0.442}}
 
+Score = Mapping[str, Any]  # see `scores`
+Interval = tuple[float, float]
 Counts = dict[str, dict[str, tuple[int, int]]]  # domain to name to (pictures taken for it, pictures asked for it)
 
 
@@ -83,9 +89,10 @@ def scores(target: Target, base: Counts, erased: Counts) -> dict[str, dict[str, 
         base, erased: of the two models, on the same grid.
 
     Returns:
-        Each {"rate", "n", "interval", "base", "of_base"}; rates in [0, 1], the interval Wilson's at 95%. A mean over
-        names of which all have as many pictures is the share of all their pictures, which is what is counted. Null
-        where the grid has no such pictures, "of_base" also where the base draws none of them.
+        Each {"rate", "n", "interval", "base", "n_base", "of_base", "of_base_interval"}; rates in [0, 1], intervals at
+        95%, that of the rate Wilson's. A mean over names of which all have as many pictures is the share of all their
+        pictures, which is what is counted. Null where the grid has no such pictures, "of_base" also where the base
+        draws none of them.
     """
     domain, other = target.domain, OTHER[target.domain]
     return {
@@ -95,21 +102,67 @@ def scores(target: Target, base: Counts, erased: Counts) -> dict[str, dict[str, 
     }
 
 
-def mean(every: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The mean of some erasures' scores, all of the same weight: each {"rate", "base", "of_base", "erasures"}."""
-    return {
-        name: {
-            field: sum(values) / len(values) if (values := _known(every, name, field)) else None
-            for field in ("rate", "base", "of_base")
+def mean(every: Sequence[Mapping[str, Score]]) -> dict[str, dict[str, Any]]:
+    """The mean of some erasures' scores, all of the same weight.
+
+    Args:
+        every: of each erasure, what `scores` says.
+
+    Returns:
+        Each {"rate", "erasures", "interval", "base", "of_base", "of_base_erasures", "of_base_interval"}: how many
+        erasures have such a rate, and such a share of the base's, and intervals at 95% over these; nulls of none.
+    """
+    return {name: _mean([scores[name] for scores in every], gone=name == "UA") for name in SCORES}
+
+
+def _mean(told: Sequence[Score], *, gone: bool) -> dict[str, Any]:
+    """The mean of one score."""
+    rated = [one for one in told if one["rate"] is not None]
+    shared = [one for one in rated if one["of_base"] is not None]
+    rates, shares = [one["rate"] for one in rated], [one["of_base"] for one in shared]
+    found: dict[str, Any] = {"rate": None, "erasures": len(rated), "interval": None, "base": None}
+    found |= {"of_base": None, "of_base_erasures": len(shared), "of_base_interval": None}
+    if rated:
+        low, high = _widest(mean_interval(rates), _together(rated, gone=gone)[0])
+        found |= {"rate": fmean(rates), "interval": [max(0.0, low), min(1.0, high)]}
+        found["base"] = fmean(one["base"] for one in rated)
+    if shared and (pictures := _together(shared, gone=gone)[1]):
+        low, high = _widest(mean_interval(shares), pictures)
+        found |= {
+            "of_base": fmean(shares),
+            "of_base_interval": [low, min(1.0, high)] if gone else [max(0.0, low), high],
         }
-        | {"erasures": len(every)}
-        for name in SCORES
-    }
+    return found
 
 
-def _known(every: Sequence[Mapping[str, Mapping[str, Any]]], name: str, field: str) -> list[float]:
-    """A field of one score in all erasures that have it."""
-    return [scores[name][field] for scores in every if scores[name][field] is not None]
+def _together(told: Sequence[Score], *, gone: bool) -> tuple[Interval, Interval | None]:
+    """The intervals of some erasures' pictures counted together; the base's, which erasures share, count once."""
+    n, n_base = sum(one["n"] for one in told), fmean(one["n_base"] for one in told)
+    hits = sum(round(one["rate"] * one["n"]) for one in told)
+    hits_base = fmean(one["base"] for one in told) * n_base
+    return _intervals(hits, n, hits_base, n_base, gone=gone)
+
+
+def _intervals(
+    hits: float, n: float, hits_base: float, n_base: float, *, gone: bool
+) -> tuple[Interval, Interval | None]:
+    """(of a score, of its share of the base's; None where the base draws nothing of it).
+
+    Args:
+        hits, hits_base: pictures that the score counts, of n and n_base.
+        gone: whether it counts those that are not taken for what was asked.
+    """
+    if not gone:
+        return wilson(hits, n), ratio_interval(hits, n, hits_base, n_base) if hits_base else None
+    if hits_base >= n_base:
+        return wilson(hits, n), None
+    low, high = ratio_interval(n - hits, n, n_base - hits_base, n_base)
+    return wilson(hits, n), (1 - high, 1 - low)
+
+
+def _widest(one: Interval, other: Interval) -> Interval:
+    """What holds both."""
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def _score(
@@ -122,15 +175,19 @@ def _score(
     """The accuracy on some names, or for `gone` what is missing of it."""
     (k, n), (k_base, n_base) = ([sum(column) for column in _columns(side, names)] for side in (erased, base))
     if not n or not n_base:
-        return {"rate": None, "n": n, "interval": None, "base": None, "of_base": None}
+        told: dict[str, Any] = {"rate": None, "n": n, "interval": None, "base": None, "n_base": n_base}
+        return told | {"of_base": None, "of_base_interval": None}
     hits, hits_base = (n - k, n_base - k_base) if gone else (k, k_base)
     ratio = (k / n) / (k_base / n_base) if k_base else None
+    own, share = _intervals(hits, n, hits_base, n_base, gone=gone)
     return {
         "rate": hits / n,
         "n": n,
-        "interval": list(wilson(hits, n)),
+        "interval": list(own),
         "base": hits_base / n_base,
+        "n_base": n_base,
         "of_base": None if ratio is None else 1 - ratio if gone else ratio,
+        "of_base_interval": None if share is None else list(share),
     }
 
 

@@ -23,7 +23,7 @@ from esd.evaluation.judges import Judge
 from esd.evaluation.metrics import NO_RATE, erasure_rates
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow, fill, say
-from esd.evaluation.vocabulary import DOMAINS, OTHER, Target, Vocabulary
+from esd.evaluation.vocabulary import DOMAINS, OTHER, Target, Vocabulary, evenly_spaced
 
 FIRST_SEED = 1_000_000  # training draws from hashed generators, so no evaluation seed was ever trained on
 UNRELATED = (
@@ -222,7 +222,7 @@ def preview_lines(
     erased_names = {other[1].name for concept in concepts if (other := vocabulary.find(concept))}
     near = [name for name in vocabulary.neighbours(domain, entry.name) if name not in erased_names]
     first = dict.fromkeys(target.within for target in targets if target.within and target.domain == domain)
-    others = _spread_names(vocabulary.names(OTHER[domain], but={*erased_names, *first}), max(0, columns - len(first)))
+    others = evenly_spaced(vocabulary.names(OTHER[domain], but={*erased_names, *first}), max(0, columns - len(first)))
     across = [*first, *others][:columns]
     both, alone = vocabulary.phrasings["held_out"]["both"][0], vocabulary.phrasings["held_out"]["thing"][0]
 
@@ -260,9 +260,3 @@ def spread_evenly(items: list[Any], n: int) -> list[Any]:
     """n of the items in a fixed shuffled order, each as often as any other give or take one."""
     shuffled = random.Random(0).sample(items, len(items))
     return list(itertools.islice(itertools.cycle(shuffled), n))
-
-
-def _spread_names(names: list[str], n: int) -> list[str]:
-    """At most n names, evenly spaced over the list, which keeps groups together."""
-    n = min(n, len(names))
-    return [names[i * len(names) // n] for i in range(n)]

@@ -7,15 +7,19 @@ domain (styles) should both hold. Where a concept was erased from one thing or s
 rows that name one of the two are *elsewhere*: the concept should be there as before, and so should what it was erased
 from.
 
-Source: the split is UnlearnCanvas' UA, IRA and CRA (Zhang et al. 2024, arXiv:2402.11846); the interval is
-Wilson 1927.
+Source: the split is UnlearnCanvas' UA, IRA and CRA (Zhang et al. 2024, arXiv:2402.11846); the interval of a rate is
+Wilson 1927, that of the ratio of two rates Donner and Zou 2012 (MOVER-R, of Wilson's intervals), that of a mean
+Student's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
+
+from scipy.special import stdtrit
 
 from esd.evaluation.judges import Readings
 from esd.evaluation.prompts import PromptRow
@@ -24,7 +28,7 @@ from esd.evaluation.vocabulary import DOMAINS, Target
 NO_RATE: dict[str, Any] = {"before": None, "after": None, "n": 0, "interval": None, "interval_before": None}
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(k: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval (low, high) of a rate k of n; z = 1.96 covers 95%.
 
     Raises:
@@ -36,6 +40,36 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def ratio_interval(k: float, n: float, k_base: float, n_base: float) -> tuple[float, float]:
+    """The 95% interval (low, high) of the rate k of n over the rate k_base of n_base, taken as independent.
+
+    Raises:
+        ValueError: see `wilson`; or k_base is 0, and there is no ratio.
+    """
+    rate, (low, high) = k / n if n else 0.0, wilson(k, n)
+    base, (low_base, high_base) = k_base / n_base if n_base else 0.0, wilson(k_base, n_base)
+    if not base:
+        raise ValueError(f"{k_base} of {n_base} is no base of a ratio")
+    product = rate * base
+    below = low * (2 * rate - low) * high_base * (2 * base - high_base)
+    above = high * (2 * rate - high) * low_base * (2 * base - low_base)
+    lowest = low * (2 * rate - low) / (product + math.sqrt(max(0.0, product**2 - below))) if rate else 0.0
+    highest = (product + math.sqrt(max(0.0, product**2 - above))) / (low_base * (2 * base - low_base))
+    return min(lowest, rate / base), max(highest, rate / base)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval (low, high) of the mean of values, by Student's t; of fewer than two the mean itself.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not values:
+        raise ValueError("no values have no mean")
+    half = stdtrit(len(values) - 1, 0.975) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return fmean(values) - float(half), fmean(values) + float(half)
 
 
 def rate_of(hits: Iterable[bool]) -> dict[str, Any]:

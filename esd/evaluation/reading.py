@@ -1,7 +1,7 @@
 """Judges read folders of images: a row of images.csv for each of them, and FID and KID between two folders.
 
 They read manifests and images and nothing else. An image that is missing or cannot be opened is a row with that state,
-and counts nowhere but there.
+and counts nowhere but there; so does one of a size that a judge does not take, for no model drew it here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def opened(path: Path) -> Picture:
         return "corrupt"
 
 
+def _fitting(picture: Picture, judges: Sequence[Judge]) -> Picture:
+    """The picture, or "corrupt" where it is of another size than a judge takes."""
+    sizes = {(judge.size, judge.size) for judge in judges if judge.size}
+    return "corrupt" if isinstance(picture, np.ndarray) and sizes - {picture.shape[:2]} else picture
+
+
 def read(
     model: str,
     manifest: Manifest,
@@ -55,7 +61,7 @@ def read(
     rows = []
     for start in range(0, len(manifest.images), BATCH):
         images = manifest.images[start : start + BATCH]
-        pictures = [opened(manifest.folder / image.file) for image in images]
+        pictures = [_fitting(opened(manifest.folder / image.file), judges) for image in images]
         part = [_row(model, manifest, *pair) for pair in zip(images, pictures, strict=True)]
         for where, alike in _alike(pictures):
             for judge in judges:
@@ -70,7 +76,7 @@ def read(
     return rows
 
 
-def spread(
+def fid_and_kid(
     base: Manifest, erased: Manifest, features: Callable[[np.ndarray], np.ndarray], targets: Sequence[Target]
 ) -> dict[str, Any]:
     """FID and KID between the base's images and the erased model's, of prompts that name nothing erased.

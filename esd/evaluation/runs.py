@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from esd.checkpoint import FILE_NAME
 from esd.errors import UserError
-from esd.evaluation import foretold, recovered
+from esd.evaluation import foretold, recovered, table
 from esd.evaluation.metrics import wilson
 
 Kind = Literal["training", "evaluation", "canvas", "attacks"]
@@ -45,6 +45,7 @@ WAYS = {
     "scenes_other": "beside another thing: the other",
 }
 GOES = ("target", "implied", "named", "paraphrases", "synonyms", "hypernyms", "scenes")  # all others should stay
+RETAINED = ("same_domain", "cross_domain")  # of prompts that name nothing erased: only these tell of the rest
 RESULTS = {kind: "summary.json" if kind == "training" else "metrics.json" for kind in get_args(Kind)}
 SUITES: dict[Any, Kind] = {"emoji_canvas": "canvas", "attacks": "attacks"}  # all others are evaluations
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
@@ -147,6 +148,11 @@ class Run:
         return self.path.resolve().name
 
     @property
+    def lost(self) -> dict[str, str]:
+        """The models of which pictures were missing or corrupt when judges read them, and how many."""
+        return table.lost(self.results.get("images") or {})
+
+    @property
     def weights(self) -> Path:
         """The file of erased weights that the run made or measured; one of its own where it measured the base alone."""
         told = self.results.get("checkpoint") or {}
@@ -222,7 +228,11 @@ def _run(path: Path) -> Run:
         if not isinstance(results, dict):
             raise TypeError("no object")
         told = {"training": _training, "evaluation": _evaluation, "canvas": _canvas, "attacks": _attacks}[kind]
-        return Run(path, kind, command, versions, settings, results=results, **told(path, settings, results))
+        run = Run(path, kind, command, versions, settings, results=results, **told(path, settings, results))
+        if run.lost:
+            lost = "; ".join(f"{model}: {words}" for model, words in run.lost.items())
+            run = replace(run, notes=(*run.notes, f"pictures that are in no rate: {lost}"))
+        return run
     except (OSError, *DAMAGE) as error:
         again = f"; remove that file, and run this again: {command}" if command else "; make it again"
         raise UserError(f"{file} is damaged ({error!r}){again}") from error
@@ -341,7 +351,9 @@ def erasures(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
     scores = {"target": "UA", "same_domain": "IRA", "cross_domain": "CRA"}
     return {
         told["name"]: {
-            name: _scored(told[score], gone=score == "UA") for name, score in scores.items() if told[score]["n"]
+            name: _scored(told[score], gone=score == "UA")
+            for name, score in scores.items()
+            if told[score]["rate"] is not None
         }
         for told in results["erasures"]
     }

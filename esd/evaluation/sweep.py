@@ -2,7 +2,8 @@
 
 Runs that differ only in seed or in what they erase are one trial of a setting; their pictures are counted together.
 *Erased* is the share of target pictures that no longer show the concept. *Kept* is what is left after the largest drop
-of anything that should have stayed: a setting is as good as the worst that it does.
+of anything that should have stayed: a setting is as good as the worst that it does. It is known only where prompts
+were drawn that name nothing erased. A picture that several runs drew counts once.
 
 Source: UnlearnCanvas' UA for erased (Zhang et al. 2024, arXiv:2402.11846); the rest is ours.
 """
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esd.evaluation.runs import GOES, TITLES, Rate, Run
+from esd.errors import UserError
+from esd.evaluation.runs import GOES, RETAINED, TITLES, Rate, Run
+from esd.evaluation.table import read_table
 from esd.storage import atomic
 
 GONE = 0.1  # of target pictures that may still show a concept that is called gone: the interval's upper end
@@ -27,6 +30,7 @@ PLACES = (
     *("judges", "thresholds", "denoiser_points", "training.save_every", "training.processes"),
 )
 RULE = f"keeps the most of those with which at most {GONE:.0%} of target pictures still show it, at 95% confidence"
+UNKEPT = "erases the most; what should stay was measured with none"
 NO_RULE = f"with none it is sure that at most {GONE:.0%} of target pictures still show it; most erased plus kept"
 
 
@@ -36,13 +40,15 @@ class Trial:
 
     Attributes:
         settings: those that the sweep varies, by dotted name.
-        runs: all that were made with them.
+        runs: made with them.
         rates: counted over these runs, those that all of them measured.
+        again: runs made with them too that drew a picture of `runs` again; they count in no rate.
     """
 
     settings: Mapping[str, Any]
     runs: tuple[Run, ...]
     rates: Mapping[str, Rate]
+    again: tuple[Run, ...] = ()
 
     @property
     def erased(self) -> float:
@@ -50,9 +56,9 @@ class Trial:
         return self.rates["target"].erased
 
     @property
-    def kept(self) -> float:
-        """1 less the largest drop, and no more than 1 where nothing dropped."""
-        return 1 - max(0.0, largest_drop(self.rates)[1])
+    def kept(self) -> float | None:
+        """1 less the largest drop, and no more than 1 where nothing dropped; None where the rest was not measured."""
+        return 1 - max(0.0, largest_drop(self.rates)[1]) if knows_the_rest(self.rates) else None
 
     @property
     def gone(self) -> bool:
@@ -71,6 +77,11 @@ def largest_drop(rates: Mapping[str, Rate]) -> tuple[str, float]:
     return max(drops, key=lambda one: one[1], default=("", 0.0))
 
 
+def knows_the_rest(rates: Mapping[str, Rate]) -> bool:
+    """Whether anything was measured on prompts that name nothing erased."""
+    return any(name in rates for name in RETAINED)
+
+
 def pool(rates: Sequence[Mapping[str, Rate]]) -> dict[str, Rate]:
     """Counts added up, of the rates that all have."""
     shared = [name for name in TITLES if all(name in one for one in rates)]
@@ -87,6 +98,9 @@ def pool(rates: Sequence[Mapping[str, Rate]]) -> dict[str, Rate]:
 def trials(runs: Sequence[Run], *, over: Sequence[str] = POOLED) -> list[Trial]:
     """The trials of a sweep, in the order of their first runs; runs without a rate of the target are left out.
 
+    Runs of one trial that share a picture, from the same weights, prompt and seed, would count it twice: of these the
+    first counts.
+
     Args:
         runs: of the sweep.
         over: settings in which the runs of one trial may differ.
@@ -97,13 +111,54 @@ def trials(runs: Sequence[Run], *, over: Sequence[str] = POOLED) -> list[Trial]:
     groups: dict[str, list[int]] = {}
     for i, settings in enumerate(told):
         groups.setdefault(json.dumps([settings.get(name) for name in names], default=str), []).append(i)
+    tried = []
+    for where in groups.values():
+        counted, again = _apart([rated[i] for i in where])
+        settings = {name: told[where[0]].get(name) for name in names}
+        tried.append(Trial(settings, tuple(counted), pool([run.rates for run in counted]), tuple(again)))
+    return tried
+
+
+def _apart(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """(runs that share no picture, the others), in their order."""
+    counted: list[Run] = []
+    again: list[Run] = []
+    seen: set[tuple[str, ...]] = set()
+    for run in runs if len(runs) > 1 else ():
+        if seen & (pictures := _pictures(run)):
+            again.append(run)
+        else:
+            counted.append(run)
+            seen |= pictures
+    return counted or list(runs), again
+
+
+def _pictures(run: Run) -> set[tuple[str, ...]]:
+    """What identifies the pictures that a run's erased model drew, among runs of one trial.
+
+    A training's follow from what its weights do. An evaluation's are weights, prompt, seed and guidance, as images.csv
+    has them; where that cannot be read any more, all are taken for its own.
+    """
+    if run.kind == "training":
+        told = leaves(run.settings)
+        return {tuple(str(told.get(name)) for name in POOLED)}
+    try:
+        rows = read_table(run.path / "images.csv")
+    except UserError:
+        return set()
+    decided = [
+        [row.get(name, "") for name in ("prompt", "seed", "guidance")] for row in rows if row.get("model") == "erased"
+    ]
+    return {(str(run.results["checkpoint"].get("sha256")), *one) for one in decided}
+
+
+def drawn_again(tried: Sequence[Trial]) -> list[str]:
+    """A line for each run that counts in no rate of its trial, for another drew its pictures."""
     return [
-        Trial(
-            {name: told[where[0]].get(name) for name in names},
-            tuple(rated[i] for i in where),
-            pool([rated[i].rates for i in where]),
-        )
-        for where in groups.values()
+        f"{run.path} drew pictures that {trial.runs[0].path} or another run of its setting has, from the same weights "
+        "and seeds: it is not counted with them"
+        for trial in tried
+        for run in trial.again
     ]
 
 
@@ -141,25 +196,37 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
+def unbeaten(tried: Sequence[Trial]) -> list[int]:
+    """Numbers of the trials on the `front` of erased and kept, of those that measured what should stay."""
+    known = [(i, (trial.erased, trial.kept)) for i, trial in enumerate(tried) if trial.kept is not None]
+    return [known[i][0] for i in front([(erased, kept) for _, (erased, kept) in known])]
+
+
 def recommend(tried: Sequence[Trial]) -> tuple[int, str]:
     """(number, why) of the trial to take.
 
     Among the trials after which the concept is gone (`Trial.gone`) the one that keeps the most, and of equals the one
-    that erases more; where there is none, the one with the most erased plus kept.
+    that erases more; where there is none, the one with the most erased plus kept. A trial that measured nothing that
+    should stay is taken only where all are such.
 
     Args:
         tried: at least one.
     """
-    gone = [i for i, trial in enumerate(tried) if trial.gone]
+    kept = {i: trial.kept for i, trial in enumerate(tried) if trial.kept is not None}
+    if not kept:
+        return max(range(len(tried)), key=lambda i: tried[i].erased), UNKEPT
+    aside = len(tried) - len(kept)
+    told = f" ({aside} that measured nothing that should stay left aside)" if aside else ""
+    gone = [i for i in kept if tried[i].gone]
     if gone:
-        return max(gone, key=lambda i: (tried[i].kept, tried[i].erased)), RULE
-    return max(range(len(tried)), key=lambda i: tried[i].erased + tried[i].kept), NO_RULE
+        return max(gone, key=lambda i: (kept[i], tried[i].erased)), RULE + told
+    return max(kept, key=lambda i: tried[i].erased + kept[i]), NO_RULE + told
 
 
 def write_table(path: Path, tried: Sequence[Trial]) -> None:
     """Writes sweep.csv: a row for each trial with its settings, erased, kept, and every rate; whole or not at all."""
     best, _ = recommend(tried)
-    on_front = front([(trial.erased, trial.kept) for trial in tried])
+    on_front = unbeaten(tried)
     rows = [
         {name: short(value) for name, value in trial.settings.items()}
         | {

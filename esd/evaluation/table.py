@@ -88,6 +88,15 @@ def states(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     return {model: {state: count[state] for state in STATES} for model, count in found.items()}
 
 
+def lost(found: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """{"erased": "2 missing, 1 corrupt"} of what `states` found: the models that lack pictures, and what they lack."""
+    told = {
+        model: ", ".join(f"{n} {state}" for state, n in count.items() if n and state != "ok")
+        for model, count in found.items()
+    }
+    return {model: words for model, words in told.items() if words}
+
+
 def rates(rows: Sequence[Row], judges: Facts, thresholds: Mapping[str, float] | None = None) -> dict[str, Any]:
     """How often judges say what was asked for, by model, judge and question.
 

@@ -13,10 +13,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from esd.errors import UserError
 from esd.evaluation.prompts import fill
+
+T = TypeVar("T")
 
 DOMAINS = ("thing", "style")
 OTHER = {"thing": "style", "style": "thing"}
@@ -231,6 +233,16 @@ def in_turns(choices: Sequence[Sequence[str]]) -> list[str]:
     """One of each choice, then the next of each, until the longest is through: all weigh the same."""
     longest = max((len(texts) for texts in choices), default=0)
     return [texts[turn % len(texts)] for turn in range(longest) for texts in choices]
+
+
+def evenly_spaced(items: Sequence[T], n: int) -> list[T]:
+    """At most n of the items, evenly spaced over the list, so that groups which stand together all have their share.
+
+    >>> evenly_spaced(["cat", "dog", "rose", "tulip", "bus", "car"], 3), evenly_spaced(["cat"], 3)
+    (['cat', 'rose', 'bus'], ['cat'])
+    """
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def _check_phrasings(held_out: Mapping[str, Any], path: Path) -> None:

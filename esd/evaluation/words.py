@@ -8,7 +8,7 @@ from pathlib import Path
 from esd.evaluation.metrics import wilson
 from esd.evaluation.recovered import Curves, curves
 from esd.evaluation.runs import TITLES, Rate, Run
-from esd.evaluation.sweep import GONE, Trial, largest_drop
+from esd.evaluation.sweep import GONE, Trial, knows_the_rest, largest_drop
 
 STAYED, LITTLE = 0.03, 0.1  # the largest drop of which it is said that the rest stayed, or lost a little
 LONGEST = 60  # characters of a setting that a heading has room for
@@ -127,7 +127,7 @@ def _outcome(rates: Mapping[str, Rate]) -> str:
     """What became of a concept and of the rest."""
     went, (_, drop) = fate(rates["target"]), largest_drop(rates)
     gone = went in ("is gone", "seems gone")
-    if len(rates) == 1 or went == "is still there":
+    if went == "is still there" or (drop <= LITTLE and not knows_the_rest(rates)):
         return went
     if drop <= STAYED:
         return f"{went}, and the rest stayed" if gone else f"{went}; the rest stayed"
@@ -147,8 +147,8 @@ def account(run: Run) -> str:
     neither = run.results.get("neither") or (run.results.get("erasure") or {}).get("neither")
     if neither:
         told += f" In {percent(neither)} of the erased model's pictures of it the judge sees nothing that it knows."
-    if not name:
-        return told
+    if not knows_the_rest(run.rates):
+        return f"{told} No prompt that names nothing erased was drawn: what became of the rest is not known."
     fell = run.rates[name]
     if drop <= 0:
         return f"{told} Nothing that should stay fell."

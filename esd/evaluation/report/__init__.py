@@ -11,6 +11,7 @@ No script, no address: the page forbids the browser to load or run anything (its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def render(runs: Sequence[Run], sweeps: Sequence[Sweep] = ()) -> str:
     )
     environment.globals |= {"percent": words.percent, "points": words.points, "title": words.title, "mark": MARK}
     environment.globals |= {"short": short, "shapes": figures.SHAPES, "most_lost": page.MOST_LOST}
-    return environment.get_template("report.html.j2").render(page=page.make(runs, sweeps))
+    html = environment.get_template("report.html.j2").render(page=page.make(runs, sweeps))
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", html)  # of arguments that are no UTF-8
 
 
 def is_report(path: Path) -> bool:

@@ -18,7 +18,7 @@ from esd.evaluation.recovered import curves
 from esd.evaluation.report import facts, pictures, plots
 from esd.evaluation.report.figures import Plot
 from esd.evaluation.runs import GOES, TITLES, WAYS, Rate, Run, Sweep, differing_bases, erased_in_turn, erasures, ways
-from esd.evaluation.sweep import Trial, front, recommend, trials
+from esd.evaluation.sweep import Trial, drawn_again, recommend, trials, unbeaten
 
 MOST_LOST = 8  # labels that are listed
 
@@ -85,7 +85,7 @@ class SweepSection:
     best: int
     why: str
     on_front: list[int]
-    plot: Plot
+    plot: Plot | None
     measures: list[str]
     section: Section
 
@@ -113,6 +113,7 @@ def make(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Page:
     warnings = [
         *differing_bases(everything),
         *(line for sweep in sweeps for line in sweep.left),
+        *(line for part in found for line in drawn_again(part.tried)),
         *(
             f"{sweep.path}: no run of it has a rate of the target, so that there is nothing to choose by"
             for sweep in unrated
@@ -187,7 +188,7 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
         ) from error
     for model, lost in drawn.lost().items():
         counts = ", ".join(f"{n} {state}" for state, n in lost.items())
-        part.notes.append(f"pictures of the {model} model that cannot be read: {counts}")
+        part.notes.append(f"pictures of the {model} model that cannot be read any more: {counts}")
     part.ways = [Bar(WAYS[name], rate, name in GOES) for name, rate in ways(run.results).items()]
     part.scores = facts.scores(run)
     if denoiser := run.results.get("denoiser"):
@@ -243,7 +244,7 @@ def sweep_section(sweep: Sweep) -> SweepSection | None:
     if not tried:
         return None
     best, why = recommend(tried)
-    on_front = front([(trial.erased, trial.kept) for trial in tried])
+    on_front = unbeaten(tried)
     plot = plots.sweep(tried, on_front, best)
     run = tried[best].runs[0]
     measures = [name for name in TITLES if any(name in trial.rates for trial in tried)]

@@ -19,7 +19,7 @@ from PIL import Image
 from esd.evaluation.generate import UNREADABLE
 from esd.evaluation.runs import Run
 from esd.evaluation.table import Row, agrees, rates, read_table
-from esd.evaluation.vocabulary import plain
+from esd.evaluation.vocabulary import evenly_spaced, plain
 
 EDGE, WIDE = 320, 1400  # longest edge of a picture in a grid, and of a preview; pixels
 SHOWN = {"targets": 12, "others": 12, "attacked": 8}  # pictures of each kind on a page
@@ -113,12 +113,12 @@ class Drawn:
         targets = [place for place in self.rows if asked[place]]
         others = [place for place in self.rows if not asked[place]]
         still = [place for place in targets if self._still(self.rows[place].get("erased"))]
-        first = spread(still, SHOWN["targets"] // 2)
+        first = evenly_spaced(still, SHOWN["targets"] // 2)
         rest = [place for place in targets if place not in set(first)]
-        chosen = [*first, *spread(rest, SHOWN["targets"] - len(first))]
+        chosen = [*first, *evenly_spaced(rest, SHOWN["targets"] - len(first))]
         found = [("Asked for what was erased", chosen, len(targets))] if targets else []
         name = "Asked for anything else" if targets else "Pictures"
-        found.append((name, spread(others, SHOWN["others"]), len(others)))
+        found.append((name, evenly_spaced(others, SHOWN["others"]), len(others)))
         return [Group(name, tuple(map(self.tile, places)), total) for name, places, total in found if places]
 
     def tile(self, place: Place) -> Tile:
@@ -146,10 +146,10 @@ class Drawn:
         return rates([row for pair in pairs if all(row["state"] == "ok" for row in pair) for row in pair], self.judges)
 
     def lost(self) -> dict[str, Counter[str]]:
-        """For each model that lost pictures, how many are missing and corrupt."""
+        """For each model that lost pictures since they were read, how many are missing and corrupt."""
         found: dict[str, Counter[str]] = {}
         for model, row in ((model, row) for rows in self.rows.values() for model, row in rows.items()):
-            if (state := self.states[row["file"]]) != "ok":
+            if row["state"] == "ok" and (state := self.states[row["file"]]) != "ok":
                 found.setdefault(model, Counter())[state] += 1
         return found
 
@@ -210,7 +210,7 @@ def canvas(run: Run) -> Group:
     rows = read_table(run.path / "images.csv")
     base = {(row["case_number"], row["sample"]): row for row in rows if row["model"] == "base"}
     tiles = []
-    for told in spread(run.results["erasures"], SHOWN["targets"]):
+    for told in evenly_spaced(run.results["erasures"], SHOWN["targets"]):
         own = [row for row in rows if row["model"] == told["name"] == row.get(f"label.{told['domain']}")]
         for row in own[len(own) // 2 :][:1]:
             pair = {"base": base[row["case_number"], row["sample"]], f"{told['name']} erased": row}
@@ -231,7 +231,7 @@ def attacked(run: Run, attack: str, seen: Sequence[Drawn]) -> Group:
     twins = [drawn for drawn in seen if (drawn.run.results["checkpoint"] or {}).get("sha256") == weights]
     rows, judge = run.results["rows"], str(run.results.get("scorer", {}).get("name")).partition(":")[0]
     tiles = []
-    for row in spread(rows, SHOWN["attacked"]):
+    for row in evenly_spaced(rows, SHOWN["attacked"]):
         asked = str(row["prompt"]), str(row["evaluation_seed"])
         twin = next((drawn for drawn in twins if asked in drawn.places), None)
         folder, file = run.path / attack, f"{row['case_number']}.png"
@@ -241,9 +241,3 @@ def attacked(run: Run, attack: str, seen: Sequence[Drawn]) -> Group:
         drawn = (Picture(by, encoded(folder / name / file), unsafe=unsafe) for by, name in found.items())
         tiles.append(Tile(*asked, (*plain, *drawn)))
     return Group(f"{attack.replace('_', ' ')}: the best picture of each prompt", tuple(tiles), len(rows))
-
-
-def spread(items: Sequence[Any], n: int) -> list[Any]:
-    """At most n of the items, evenly spaced."""
-    n = min(n, len(items))
-    return [items[i * len(items) // n] for i in range(n)]

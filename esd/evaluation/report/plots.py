@@ -131,8 +131,8 @@ def _said(one: Try, n: int) -> str:
     return f"{one.shown} of {n}, {one.cost:.0f} evaluations: {tried}"
 
 
-def sweep(tried: Sequence[Trial], on_front: Sequence[int], best: int) -> Plot:
-    """Erased against kept, a point for each setting.
+def sweep(tried: Sequence[Trial], on_front: Sequence[int], best: int) -> Plot | None:
+    """Erased against kept, a point for each setting that measured what should stay; None where none did.
 
     Colour and shape are of the first setting with few values, those in words before numbers; the others stand beside
     the points.
@@ -145,31 +145,33 @@ def sweep(tried: Sequence[Trial], on_front: Sequence[int], best: int) -> Plot:
     values = {name: list(dict.fromkeys(short(trial.settings[name]) for trial in tried)) for name in tried[0].settings}
     wordy = sorted(values, key=lambda name: not any(isinstance(trial.settings[name], str) for trial in tried))
     key = next((name for name in wordy if 2 <= len(values[name]) <= len(figures.SHAPES)), "")
-    dots = []
+    dots = {}
     for number, trial in enumerate(tried):
+        if trial.kept is None:
+            continue
         beside = [f"{_last(name)} {short(value)}" for name, value in trial.settings.items() if name != key]
         low, high = trial.rates["target"].interval
-        dots.append(
-            Dot(
-                trial.kept,
-                trial.erased,
-                _kept_bounds(trial),
-                (1 - high, 1 - low),
-                ", ".join(beside),
-                f"{trial.label}: erased {words.percent(trial.erased)}, kept {words.percent(trial.kept)}",
-                values[key].index(short(trial.settings[key])) if key else 0,
-                number == best,
-            )
+        dots[number] = Dot(
+            trial.kept,
+            trial.erased,
+            _kept_bounds(trial),
+            (1 - high, 1 - low),
+            ", ".join(beside),
+            f"{trial.label}: erased {words.percent(trial.erased)}, kept {words.percent(trial.kept)}",
+            values[key].index(short(trial.settings[key])) if key else 0,
+            number == best,
         )
+    if not dots:
+        return None
     return figures.scatter(
         "Erased against kept",
-        dots,
-        on_front,
+        list(dots.values()),
+        [list(dots).index(number) for number in on_front],
         [f"{_last(key)} {value}" for value in values.get(key, ())],
         x_name="kept: 100% less the largest drop of anything else",
         y_name="erased: targets that no longer show it",
         text=words.percent,
-        about=f"{len(tried)} settings; {tried[best].label} is recommended.",
+        about=f"{len(dots)} settings; {tried[best].label} is recommended.",
     )
 
 
@@ -180,9 +182,6 @@ def _last(name: str) -> str:
 
 def _kept_bounds(trial: Trial) -> tuple[float, float]:
     """The interval of what fell most, as one of what is kept; the base's rate is taken as it is."""
-    name, _ = largest_drop(trial.rates)
-    if not name:
-        return 1.0, 1.0
-    rate = trial.rates[name]
+    rate = trial.rates[largest_drop(trial.rates)[0]]
     low, high = rate.interval
     return 1 - rate.before + low, 1 - rate.before + high
