@@ -19,10 +19,10 @@ import numpy as np
 
 from esd.errors import UserError
 from esd.evaluation.distances import CLIP_SCALES
-from esd.evaluation.judges import Judge, PairJudge, Readings
+from esd.evaluation.judges import Judge, ListJudge, PairJudge, Readings
 from esd.evaluation.metrics import erasure_rates, rate_of
 from esd.evaluation.prompts import PromptRow
-from esd.evaluation.vocabulary import DOMAINS, Target
+from esd.evaluation.vocabulary import DOMAINS, Target, plain
 from esd.storage import atomic
 
 STATES = ("ok", "missing", "corrupt")
@@ -217,6 +217,13 @@ def shows(row: Row, column: str, least: float, label: str | None) -> bool:
 def agrees(answer: str, label: str) -> bool:
     """Whether a judge's answer is a label, or has it among its words for one thing, as in "tabby, tabby cat"."""
     return label.strip().casefold() in {word.strip().casefold() for word in (answer, *answer.split(","))}
+
+
+def same_name(judge: Judge, one: str, other: str) -> bool:
+    """Whether two names are one but for case and article, or words for one answer, also as the judge knows it."""
+    one, other = plain(one), plain(other)
+    known = judge.labels if isinstance(judge, ListJudge) else ()
+    return agrees(one, other) or agrees(other, one) or any(agrees(a, one) and agrees(a, other) for a in known)
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
