@@ -62,7 +62,7 @@ def rows_of(config: GenerateConfig) -> list[PromptRow]:
 
     vocabulary = Vocabulary.load(config.model.path)
     names = {"thing": vocabulary.names("thing"), "style": vocabulary.names("style")} if vocabulary else None
-    rows, told = promptsets.find(config.prompts, seed=config.seed, names=names)
+    rows, told = promptsets.find(config.prompts, seed=config.seed, samples=config.images_per_prompt, names=names)
     for line in told:
         announce(line)
     return rows

@@ -223,7 +223,7 @@ def test_images_of_a_base_that_was_changed_in_place_are_neither_served_nor_gone_
     told = Manifest.load(tmp_path / "first")
     old = {name: value for name, value in told.base.items() if name not in ("weights", "settings")}
     replace(told, base=old).save()
-    with pytest.raises(UserError, match="before manifests told the base's weights and settings.*another run_dir"):
+    with pytest.raises(UserError, match=r"before manifests told the base's weights and settings.*another run_dir"):
         drawn("first", tiny.every("sd1"))
 
 

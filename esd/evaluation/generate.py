@@ -314,8 +314,8 @@ def _refuse_others(here: Manifest, now: Manifest) -> None:
     """Raises UserError where the images of a manifest are not those that are asked for now."""
     if unknown := [name for name in now.base if name not in here.base]:
         raise UserError(
-            f"{now.folder} holds images drawn before manifests told the base's {' and '.join(unknown)}, so that nothing "
-            "says whether they are of this base; choose another run_dir, or remove that folder to draw them anew"
+            f"{now.folder} holds images drawn before manifests told the base's {' and '.join(unknown)}, so that "
+            "nothing says whether they are of this base; choose another run_dir, or remove that folder"
         )
     facts = [
         *((f"the base's {name}", here.base.get(name), value) for name, value in now.base.items()),

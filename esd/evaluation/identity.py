@@ -42,7 +42,7 @@ def weights_hash(parts: Mapping[str, nn.Module]) -> str:
                 continue
             values = tensor.detach().flatten()[:: STRIDE if tensor.numel() > WHOLE else 1]
             found.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(values.contiguous().cpu().view(torch.uint8).numpy())
+            found.update(values.contiguous().cpu().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
