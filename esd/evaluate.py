@@ -137,10 +137,7 @@ def asked(config: EvaluateConfig, found: Erased | None, vocabulary: Vocabulary |
     split = split_of(found, vocabulary, [own] if own else [], [])
     targets = split.targets
     if vocabulary is None or not targets:
-        raise UserError(
-            f"suite=implicit: {split.reason or 'the checkpoint does not say what it erased'}; ask with suite=prompts "
-            "and a judge that knows it"
-        )
+        raise UserError(f"suite=implicit: {split.reason}; ask with suite=prompts and a judge that knows it")
     rows = implicit.rows(vocabulary, targets, config.limit or EACH_WAY)
     if lacking := [way for way in implicit.WAYS if way not in {row.labels["way"] for row in rows}]:
         announce(f"the vocabulary has no words for {', '.join(lacking)} of {', '.join(t.name for t in targets)}")

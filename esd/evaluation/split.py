@@ -57,12 +57,12 @@ def split(
         judges: that read the pictures; the first that fits is taken.
         labels: of the prompts, each with the values that it has.
     """
+    if not concepts:
+        return Split(None, [], "the checkpoint does not say what it erased")
     if vocabulary is not None:
         judge = next((judge for judge in judges if set(DOMAINS) <= set(judge.questions)), None)
         return Split(judge, *known_targets(concepts, vocabulary, judge, erase_from))
     lacking = "the model ships no vocabulary.json"
-    if not concepts:
-        return Split(None, [], "the checkpoint does not say what it erased")
     if erase_from:
         return Split(None, [], f"{lacking} that tells what {concepts[0]!r} and {erase_from[0]!r} have in common")
     read = {question: values for judge in judges for question in judge.questions if (values := labels.get(question))}
