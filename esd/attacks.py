@@ -46,7 +46,9 @@ def evaluate_attacks(config: EvaluateConfig) -> int:
     rows = asking(config, concept, found, vocabulary)
     device = find_device(config.device)
     judge, threshold = find_judge(config, rows, vocabulary, device)
-    scorer = ConceptScorer.of_rows(judge, rows, threshold, concept=concept)
+    known = vocabulary.find(concept) if vocabulary else None
+    words = known[1].synonyms if known else ()
+    scorer = ConceptScorer.of_rows(judge, rows, threshold, concept=concept, synonyms=words)
     names = ", ".join(attack.name for attack in attacks)
     announce(f"attack {found.path} with {names}, on {len(rows)} prompts such as {rows[0].prompt!r}")
     announce(f"read by {scorer.name}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd.config.evaluate import EvaluateConfig
-from esd.drawing import announce, look_inside, refuse_several_processes
+from esd.drawing import announce_lost, look_inside, refuse_several_processes
 from esd.errors import UserError
 from esd.judging import check_pictures
 from esd.main import EXIT_SIGNAL
@@ -281,11 +281,7 @@ class Canvas:
         rows = [row | {"file": str(where / Path(row["file"]).name)} for row in read(model, manifest, [self.judge])]
         for lost in table.lost(table.states(rows)).values():
             first = next(row["file"] for row in rows if row["state"] != "ok")
-            announce(
-                f"images of {model}: {lost}, the first {first}; they count in no rate; remove what is corrupt, and the "
-                "same command draws it anew",
-                warning=True,
-            )
+            announce_lost(model, f"{lost}, the first {first}")
         return rows
 
     def told(

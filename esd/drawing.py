@@ -35,6 +35,14 @@ def announce(text: str, *, warning: bool = False) -> None:
         print(f"warning: {text}" if warning else text, file=sys.stderr if warning else sys.stdout, flush=True)
 
 
+def announce_lost(model: str, lost: str) -> None:
+    """Warns of images of a model that are not there, or cannot be opened."""
+    announce(
+        f"images of {model}: {lost}; they count in no rate; remove what is corrupt, and the same command draws it anew",
+        warning=True,
+    )
+
+
 def announce_drawing(config: GenerateConfig, rows: list[PromptRow], found: Erased | None) -> None:
     """Prints how many images will be drawn, with which model, without what and under what.
 
@@ -62,7 +70,7 @@ def rows_of(config: GenerateConfig) -> list[PromptRow]:
 
     vocabulary = Vocabulary.load(config.model.path)
     names = {"thing": vocabulary.names("thing"), "style": vocabulary.names("style")} if vocabulary else None
-    rows, told = promptsets.find(config.prompts, seed=config.seed, names=names)
+    rows, told = promptsets.find(config.prompts, seed=config.seed, samples=config.images_per_prompt, names=names)
     for line in told:
         announce(line)
     return rows
@@ -70,9 +78,9 @@ def rows_of(config: GenerateConfig) -> list[PromptRow]:
 
 def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
     """At most `limit` rows, evenly spaced over all of them, so that a set's groups all have their share."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]
+    from esd.evaluation.vocabulary import evenly_spaced
+
+    return rows if limit is None else evenly_spaced(rows, limit)
 
 
 def refuse_several_processes(config: EvaluateConfig) -> None:
@@ -81,18 +89,21 @@ def refuse_several_processes(config: EvaluateConfig) -> None:
         raise UserError(f"suite={config.suite.name} runs in one process; start it as python -m esd.evaluate ...")
 
 
-def most_held_gib(*, children: bool = False) -> float | None:
-    """Most of the machine's memory that this process held so far, in GiB, or that any it started and saw end did.
+def peak_gib(family: Family) -> dict[str, float]:
+    """Most memory that this process held so far, in GiB: of the machine, if it tells, and of the family's GPU."""
+    import torch
 
-    None where the system does not tell, or no such process was.
-    """
+    told: dict[str, float] = {}
     try:
         import resource
     except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
-    return resource.getrusage(who).ru_maxrss * unit / 2**30 or None
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        told["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    if family.device.type == "cuda":
+        told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
+    return told
 
 
 def find_share(device: str) -> tuple[Share, torch.device | str]:

@@ -1,6 +1,7 @@
 """Measure an erased checkpoint.
 
-    python -m esd.evaluate checkpoint=runs/cat prompts='["a {thing} in the {style} style"]' limit=100
+    python -m esd.evaluate checkpoint=runs/cat images_per_prompt=3 \\
+        prompts='["a cat in the {style} style", "a {thing} in the neon style"]'
 
 `suite=prompts` draws a set of prompts with the base and with the erased model from the same seeds, and has judges read
 the pictures. Leaves `base/` and `erased/` (images and manifests), `images.csv` (a row for every image and model, with
@@ -12,13 +13,24 @@ erased, asked for in other ways.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from esd.attacks import evaluate_attacks
 from esd.canvas import evaluate_canvas
 from esd.config.evaluate import EvaluateConfig
-from esd.drawing import announce, announce_drawing, draw, find_share, limited, look_inside, most_held_gib, plan, rows_of
+from esd.drawing import (
+    announce,
+    announce_drawing,
+    announce_lost,
+    draw,
+    find_share,
+    limited,
+    look_inside,
+    peak_gib,
+    plan,
+    rows_of,
+)
 from esd.errors import UserError
 from esd.judging import answers_of, check_pictures, find_named, own_judges
 from esd.main import run_program
@@ -30,10 +42,48 @@ if TYPE_CHECKING:
     from esd.evaluation.generate import Manifest
     from esd.evaluation.judges import Judge, PairJudge
     from esd.evaluation.prompts import PromptRow
-    from esd.evaluation.vocabulary import Target, Vocabulary
+    from esd.evaluation.split import Split
+    from esd.evaluation.vocabulary import Vocabulary
     from esd.families import Family
 
 EACH_WAY = 40  # prompts of each way to ask, unless limit says otherwise
+FEW = 30  # pictures of what was erased, of which a rate of 0% still has an interval of 11 points
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads the pictures.
+
+    Attributes:
+        judges: read each of them.
+        pairs: compare the erased model's with the base's.
+        facts: of all of these, as metrics.json tells them, with the thresholds that were asked for.
+    """
+
+    judges: list[Judge]
+    pairs: list[PairJudge]
+    facts: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn and is to be measured.
+
+    Attributes:
+        family: of the base.
+        found: the checkpoint, or None where the base was drawn alone.
+        vocabulary: of the model, or None.
+        plans: manifests of the folders "base" and, with a checkpoint, "erased".
+        split: which prompts ask for what was erased.
+        readers: of the pictures.
+    """
+
+    family: Family
+    found: Erased | None
+    vocabulary: Vocabulary | None
+    plans: dict[str, Manifest]
+    split: Split
+    readers: Readers
 
 
 def main() -> None:
@@ -52,7 +102,6 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
     part = ["limit"] if config.suite.name == "prompts" else []  # which decides the prompts of the suite implicit
     run = RunDirectory(config.run_path(), config, neutral=part)
     from esd import checkpoint
-    from esd.evaluation import table
     from esd.evaluation.vocabulary import Vocabulary
 
     check(config.model)
@@ -60,18 +109,17 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
     vocabulary = Vocabulary.load(config.model.path)
     rows = asked(config, found, vocabulary)
     share, device = find_share(config.device)
-    judges, pair_judges = find_judges(config, rows, vocabulary, device, pairs=found is not None)
-    readers: list[Judge | PairJudge] = [*judges, *pair_judges]
-    facts = {judge.name: table.facts(judge) for judge in readers}
-    for name, threshold in table.thresholds_of(facts, config.thresholds).items():
-        facts[name]["threshold"] = threshold
+    readers = find_readers(config, rows, vocabulary, device, pairs=found is not None)
+    split = split_of(found, vocabulary, readers.judges, rows)
     announce_drawing(config, rows, found)
-    announce(f"read by {', '.join(facts) or 'no judge'}")
+    announce(f"read by {', '.join(readers.facts) or 'no judge'}")
+    if config.suite.name == "prompts":
+        warn_of_few(config, split, rows)
     if config.plan_only:
         announce(f"results would go to {run.path}; plan_only=true, so nothing was drawn")
         return 0
     family = load(config.model, device)
-    check_pictures(judges, rows, family)
+    check_pictures(readers.judges, rows, family)
     plans = plan(config, rows, family, found, run)
     share.wait()  # all have looked before the first one writes
     with run.claimed(main=share.index == 0):
@@ -80,7 +128,7 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
         draw(config, plans, family, found, share)
         took = {"images_drawn": missing, "seconds": {"drawing": time.monotonic() - start}}
         if share.index == 0:
-            measure(config, run, family, found, vocabulary, plans, judges, pair_judges, facts, took)
+            measure(config, run, Drawn(family, found, vocabulary, plans, split, readers), took)
     announce(f"results are in {run.path}: metrics.json, images.csv, {', '.join(f'{name}/' for name in plans)}")
     return 0
 
@@ -96,27 +144,27 @@ def asked(config: EvaluateConfig, found: Erased | None, vocabulary: Vocabulary |
     from esd.evaluation import implicit
     from esd.evaluation.judges import load_judge
 
-    targets, reason = targets_of(found, vocabulary, load_judge(config.model.path)) if found else ([], None)
+    own = load_judge(config.model.path)
+    split = split_of(found, vocabulary, [own] if own else [], [])
+    targets = split.targets
     if vocabulary is None or not targets:
-        raise UserError(
-            f"suite=implicit: {reason or 'the checkpoint does not say what it erased'}; ask with suite=prompts and a "
-            "judge that knows it"
-        )
+        raise UserError(f"suite=implicit: {split.reason}; ask with suite=prompts and a judge that knows it")
     rows = implicit.rows(vocabulary, targets, config.limit or EACH_WAY)
     if lacking := [way for way in implicit.WAYS if way not in {row.labels["way"] for row in rows}]:
         announce(f"the vocabulary has no words for {', '.join(lacking)} of {', '.join(t.name for t in targets)}")
     return rows
 
 
-def find_judges(
+def find_readers(
     config: EvaluateConfig, rows: list[PromptRow], vocabulary: Vocabulary | None, device: Any, *, pairs: bool
-) -> tuple[list[Judge], list[PairJudge]]:
+) -> Readers:
     """The judges asked for, or the model's own; warns of those that were never tried on such pictures.
 
     Raises:
-        UserError: see `esd.evaluation.judges_by_name.find`; or pictures are to be compared with none, or a judge reads
-            what no prompt says.
+        UserError: see `esd.evaluation.judges_by_name.find` and `esd.evaluation.table.thresholds_of`; or pictures are to
+            be compared with none, or a judge reads what no prompt says.
     """
+    from esd.evaluation import table
     from esd.evaluation.implicit import JUDGES
     from esd.evaluation.judges import PairJudge, PromptJudge
 
@@ -140,7 +188,44 @@ def find_judges(
             f"judges: {pair_judges[0].name} compares base and erased, and checkpoint=null draws the base alone; leave "
             "it out, or give a checkpoint"
         )
-    return judges, pair_judges
+    readers: list[Judge | PairJudge] = [*judges, *pair_judges]
+    facts = {judge.name: table.facts(judge) for judge in readers}
+    for name, threshold in table.thresholds_of(facts, config.thresholds).items():
+        facts[name]["threshold"] = threshold
+    return Readers(judges, pair_judges, facts)
+
+
+def split_of(found: Erased | None, vocabulary: Vocabulary | None, judges: list[Judge], rows: list[PromptRow]) -> Split:
+    """Which of the prompts ask for what the checkpoint erased; see `esd.evaluation.split`."""
+    from esd.evaluation.split import Split, split
+
+    if found is None:
+        return Split(None, [], None)
+    concepts = found.provenance.get("concepts", [])
+    origins = found.provenance.get("erase_from", [])[: len(concepts)]  # one for each, then again in other templates
+    return split(concepts, origins, vocabulary, judges, answers_of(rows))
+
+
+def warn_of_few(config: EvaluateConfig, split: Split, rows: list[PromptRow]) -> None:
+    """Warns where so few pictures ask for what was erased that the rate of it would say little."""
+    from esd.evaluation.metrics import wilson
+
+    asking = split.asking([row.labels for row in rows])
+    n, total = asking * config.images_per_prompt, len(rows) * config.images_per_prompt
+    if not split.targets or n >= FEW:
+        return
+    target = split.targets[0]
+    slots = {"thing": f"a {target.name} in the {{style}} style", "style": f"a {{thing}} in the {target.name} style"}
+    more = f"such as {slots[target.domain]!r}" if target.domain in slots else f"of {target.domain} {target.name!r}"
+    more = f"add prompts {more}{', without a limit' if config.limit else ''}"
+    if n:
+        most, samples = wilson(0, n)[1], -(-FEW // asking)
+        told = (
+            f"of which even none that shows it leaves up to {most:.0%} possible; {more}, or images_per_prompt={samples}"
+        )
+    else:
+        told = f"so that there will be no rate of it; {more}"
+    announce(f"{n} of {total} pictures are labelled as asking for {target.name!r}, {told}", warning=True)
 
 
 def missing_images(plans: dict[str, Manifest]) -> int:
@@ -148,109 +233,87 @@ def missing_images(plans: dict[str, Manifest]) -> int:
     return sum(not (manifest.folder / i.file).exists() for manifest in plans.values() for i in manifest.images)
 
 
-def measure(
-    config: EvaluateConfig,
-    run: RunDirectory,
-    family: Family,
-    found: Erased | None,
-    vocabulary: Vocabulary | None,
-    plans: dict[str, Manifest],
-    judges: list[Judge],
-    pair_judges: list[PairJudge],
-    facts: dict[str, dict[str, Any]],
-    took: dict[str, Any],
-) -> None:
-    """Writes images.csv and metrics.json, and prints the rates."""
+def measure(config: EvaluateConfig, run: RunDirectory, drawn: Drawn, took: dict[str, Any]) -> None:
+    """Writes images.csv and metrics.json, and prints the rates.
+
+    Both are written once all is known, and an older metrics.json goes first, so that a run that is stopped in between
+    reads as not finished, and never as the figures of other pictures.
+    """
     from esd.evaluation import table
     from esd.evaluation.reading import read
     from esd.storage import write_json
 
     start = time.monotonic()
-    rows = read("base", plans["base"], judges)
+    found, plans, readers = drawn.found, drawn.plans, drawn.readers
+    rows = read("base", plans["base"], readers.judges)
     if found:
-        rows += read("erased", plans["erased"], judges, pair_judges, plans["base"])
-    table.write_table(run / "images.csv", rows)
+        rows += read("erased", plans["erased"], readers.judges, readers.pairs, plans["base"])
     metrics: dict[str, Any] = {
         "suite": config.suite.name,
         "limit": config.limit,
         "base": plans["base"].base,
         "checkpoint": found.identity() if found else None,
-        "judges": facts,
+        "judges": readers.facts,
         "images": table.states(rows),
-        "rates": table.rates(rows, facts),
-        "scores": table.scores(rows, facts),
-        "counts": table.counts(rows, facts),
-        **(compare(config, found, vocabulary, plans, judges, rows, facts) if found else {}),
-        "denoiser": look_inside(config, family, found, vocabulary) if found else None,
+        "rates": table.rates(rows, readers.facts),
+        "scores": table.scores(rows, readers.facts),
+        "counts": table.counts(rows, readers.facts),
+        **(what_went(config, drawn, rows) if found else {}),
+        **denoiser(config, drawn),
     }
     took["seconds"]["judging"] = time.monotonic() - start
-    write_json(run / "metrics.json", metrics | took | {"peak_gib": peak_gib(family)})
+    (run / "metrics.json").unlink(missing_ok=True)
+    table.write_table(run / "images.csv", rows)
+    write_json(run / "metrics.json", metrics | took | {"peak_gib": peak_gib(drawn.family)})
     tell(metrics)
 
 
-def targets_of(found: Erased, vocabulary: Vocabulary | None, judge: Judge | None) -> tuple[list[Target], str | None]:
-    """(what was erased in the model's words, None), or ([], why no rate can be had)."""
-    from esd.evaluation.erasure import known_targets
-
-    concepts = found.provenance.get("concepts", [])
-    origins = found.provenance.get("erase_from", [])[: len(concepts)]  # one for each, then again in other templates
-    return known_targets(concepts, vocabulary, judge, origins)
-
-
-def compare(
-    config: EvaluateConfig,
-    found: Erased,
-    vocabulary: Vocabulary | None,
-    plans: dict[str, Manifest],
-    judges: list[Judge],
-    rows: list[dict[str, str]],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """What went and what stayed: "erasure" or the "reason" why it cannot be told, and "distances".
+def what_went(config: EvaluateConfig, drawn: Drawn, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """What went and what stayed: "erasure" and "distances", or the "reason" and "distances_reason" why there are none.
 
     Where it was asked for in other ways, "erasure" is of the prompts that have a word for it, and "ways" of each way.
     """
-    from esd.evaluation import implicit, table
-    from esd.evaluation.judges import EmojiJudge
+    from esd.evaluation import implicit
+    from esd.evaluation.judges import FeatureJudge
     from esd.evaluation.reading import fid_and_kid
-    from esd.evaluation.vocabulary import DOMAINS
 
-    judge = next((judge for judge in judges if set(DOMAINS) <= set(judge.questions)), None)
-    targets, reason = targets_of(found, vocabulary, judge)
-    told: dict[str, Any] = {"erasure": None, "reason": reason, "distances": None}
-    implied = config.suite.name == "implicit"
-    if implied and vocabulary:
-        told["ways"] = implicit.rates(rows, facts, vocabulary)
+    split, facts, implied = drawn.split, drawn.readers.facts, config.suite.name == "implicit"
+    told: dict[str, Any] = {"erasure": None, "reason": split.reason, "distances": None, "distances_reason": None}
+    if implied and drawn.vocabulary:
+        told["ways"] = implicit.rates(rows, facts, drawn.vocabulary)
         rows = [row for row in rows if row["label.way"] in implicit.BY_NAME]
-    if judge and targets:
-        threshold = facts[judge.name]["threshold"] or 0.0
-        known = {"judge": judge.name, "targets": [asdict(target) for target in targets]}
-        told["erasure"] = known | table.erasure(rows, judge.name, threshold, targets)
-    if isinstance(judge, EmojiJudge) and not implied:  # of which every prompt means what was erased
-        features = {"features": f"{judge.name} {judge.version} {judge.hash[:12]}"}
-        told["distances"] = fid_and_kid(plans["base"], plans["erased"], judge.features, targets) | features
+    if (rates := split.rates(rows, facts)) and split.judge:
+        told["erasure"] = {"judge": split.judge.name, "targets": [asdict(target) for target in split.targets]} | rates
+    reader = next((judge for judge in drawn.readers.judges if isinstance(judge, FeatureJudge)), None)
+    if implied:
+        told["distances_reason"] = "every prompt means what was erased"
+    elif not split.targets:
+        told["distances_reason"] = f"nothing tells which prompts ask for what was erased: {split.reason}"
+    elif reader is None:
+        told["distances_reason"] = "no judge asked has features; add one that has, such as clip:NAME"
+    else:
+        features = {"features": f"{reader.name} {reader.version} {reader.hash[:12]}"}
+        plans = drawn.plans
+        told["distances"] = fid_and_kid(plans["base"], plans["erased"], reader.features, split.targets) | features
     return told
 
 
-def peak_gib(family: Family) -> dict[str, float]:
-    """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one draws."""
-    import torch
-
-    told: dict[str, float] = {"process": held} if (held := most_held_gib()) else {}
-    if family.device.type == "cuda":
-        told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
-    return told
+def denoiser(config: EvaluateConfig, drawn: Drawn) -> dict[str, Any]:
+    """What the denoiser says without a judge, or the reason why it is not asked."""
+    if drawn.found is None:
+        return {"denoiser": None, "denoiser_reason": "only the base was measured"}
+    if config.interventions:
+        return {"denoiser": None, "denoiser_reason": "it would be measured without the interventions of the pictures"}
+    told = look_inside(config, drawn.family, drawn.found, drawn.vocabulary)
+    return {"denoiser": told, "denoiser_reason": None if config.denoiser_points else "denoiser_points=0"}
 
 
 def tell(metrics: dict[str, Any]) -> None:
     """Prints the rates, base beside erased; warns of images that could not be read."""
-    for model, found in metrics["images"].items():
-        if lost := ", ".join(f"{n} {state}" for state, n in found.items() if n and state != "ok"):
-            announce(
-                f"images of {model}: {lost}; they count in no rate; remove what is corrupt, and the same command draws "
-                "it anew",
-                warning=True,
-            )
+    from esd.evaluation import table
+
+    for model, lost in table.lost(metrics["images"]).items():
+        announce_lost(model, lost)
     for model, judges in metrics["rates"].items():
         for judge, questions in judges.items():
             for question, rate in questions.items():
@@ -260,8 +323,11 @@ def tell(metrics: dict[str, Any]) -> None:
     for name, rate in [*(metrics.get("erasure") or {}).items(), *metrics.get("ways", {}).items()]:
         if isinstance(rate, dict) and rate["n"]:
             print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate)}")
-    if metrics.get("reason"):
-        print(f"no rates of what was erased: {metrics['reason']}")
+    for what, reason in {"rates of what was erased": "reason", "FID and KID": "distances_reason"}.items():
+        if told := metrics.get(reason):
+            print(f"no {what}: {told}")
+    if metrics["checkpoint"] and metrics["denoiser_reason"]:
+        print(f"denoiser not looked into: {metrics['denoiser_reason']}")
 
 
 def span(rate: dict[str, Any]) -> str:

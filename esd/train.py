@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd.config.train import TrainConfig
 from esd.config.train_sections import STALENESS, EvaluationConfig
-from esd.drawing import most_held_gib
+from esd.drawing import peak_gib
 from esd.errors import UserError
 from esd.main import EXIT_SIGNAL, run_program
 from esd.model import check, find_device, load
@@ -205,16 +205,6 @@ def fit(config: TrainConfig, family: Family, plan: TrainPlan, run: RunDirectory,
         if config.tracker.name != "none":
             accelerator.end_training()
     return 0
-
-
-def peak_gib(family: Family) -> dict[str, float]:
-    """Most memory that this process held so far, in GiB: of the machine, and of the GPU where one trains."""
-    import torch
-
-    told: dict[str, float] = {"process": held} if (held := most_held_gib()) else {}
-    if family.device.type == "cuda":
-        told["gpu"] = torch.cuda.max_memory_allocated(family.device) / 2**30
-    return told
 
 
 def check_evaluation(judge: Judge | None, family: Family, wanted: EvaluationConfig) -> None:

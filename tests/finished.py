@@ -235,8 +235,18 @@ def grid(folder: Path, planned: int = 2) -> Path:
     return folder
 
 
-def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: int = 12) -> Path:
-    """A soft prompt that draws the concept for so many of n prompts after each try, and its control for none."""
+def attacks(
+    folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: int = 12, *, plain: bool = False
+) -> Path:
+    """A soft prompt that draws the concept for so many of n prompts after each try, and its control for none.
+
+    Args:
+        folder: to write.
+        weights: the checkpoint under attack.
+        shown: prompts for which it is drawn, after each try.
+        n: prompts.
+        plain: whether the pictures without an attack are there too, which older versions did not keep.
+    """
 
     def points(counts: Sequence[int]) -> list[dict[str, Any]]:
         return [
@@ -258,10 +268,10 @@ def attacks(folder: Path, weights: Path, shown: Sequence[int] = (0, 2, 11), n: i
     ]
     asked = {"judges": [], "suite": {"name": "attacks", "attacks": ["soft_prompt", "noise"]}}
     config(folder, asked, "python -m esd.evaluate suite=attacks")
-    for run in curves:
-        (folder / "soft_prompt" / run).mkdir(parents=True)
+    for kind in (*(f"soft_prompt/{run}" for run in curves), *(("plain/base", "plain/erased") if plain else ())):
+        (folder / kind).mkdir(parents=True)
         for row in rows:
-            Image.new("RGB", (8, 8), "olive").save(folder / "soft_prompt" / run / f"{row['case_number']}.png")
+            Image.new("RGB", (8, 8), "olive").save(folder / kind / f"{row['case_number']}.png")
     told = {
         "suite": "attacks",
         "base": {"name": "tiny", "revision": None, "fingerprint": "cd" * 32},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from esd.evaluation.attacks import Budget, Completion, NoiseProbe
 from esd.evaluation.attacks.figure import BASE, ERASED, draw_recovery
 from esd.evaluation.attacks.suite import attack_checkpoint, columns
 from esd.evaluation.erasure import DrawSettings
+from esd.evaluation.generate import sample
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.recovered import RUNS
 from esd.families import family_of
@@ -37,6 +39,10 @@ class Redness:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         self.seen += len(images)
         return images[..., 0].mean((1, 2)) / 255
+
+
+class Blueness(Redness):
+    name = "blueness"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,13 @@ def test_results_say_where_they_come_from_and_pictures_stand_beside_them(
         for one in RUNS:
             assert sorted(path.name for path in (tmp_path / name / one).iterdir()) == ["3.png", "7.png"]
         assert Image.open(tmp_path / f"{name}.png").width > 200
+    for model, pipe in (("base", nullcontext()), ("erased", checkpoint.erased(family.pipe, erased))):
+        with pipe:
+            drawn = sample(family.pipe, [row.prompt for row in ROWS], [row.evaluation_seed for row in ROWS],
+                           num_steps=2, guidance_scale=3.0, batch_size=2)  # fmt: skip
+        for row, picture in zip(ROWS, drawn, strict=True):
+            plain = np.asarray(Image.open(tmp_path / "plain" / model / f"{row.case_number}.png")).astype(int)
+            assert np.abs(plain - picture).max() <= 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["noise", "completion"] and "by chance" in lines[0]
 
@@ -90,10 +103,18 @@ def test_what_is_there_is_not_attacked_again(family: Any, erased: Any, tmp_path:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"seed": 5}, "another seed"),
-        ({"budget": Budget(queries=99)}, "another budget"),
-        ({"rows": ROWS[:1]}, "another rows"),
-        ({"attacks": [NoiseProbe(etas=(1.0,), scales=(1.0,))]}, "another noise's settings"),
+        ({"seed": 5}, r"other attacks \(seed is 0 there, 5 here\)"),
+        ({"budget": Budget(queries=99)}, "budget.queries is None there, 99 here"),
+        ({"rows": ROWS[:1]}, "the number of rows is 2 there, 1 here"),
+        (
+            {"rows": [ROWS[0], PromptRow(7, "the dog in mosaic style", 12)], "scorer": Blueness()},
+            r"rows\[1\].prompt is 'the cat in mosaic style' there, 'the dog in mosaic style' here",
+        ),
+        ({"scorer": Blueness()}, "scorer.name is 'redness' there, 'blueness' here"),
+        (
+            {"attacks": [NoiseProbe(etas=(1.0,), scales=(1.0,))]},
+            r"suite.settings.noise.etas\[0\] is 1.85 there, 1.0 here",
+        ),
     ],
 )
 def test_a_folder_of_other_attacks_is_refused(

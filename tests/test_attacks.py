@@ -405,7 +405,8 @@ def test_the_first_picture_that_shows_the_concept_counts_and_is_kept(families: A
 
 def test_a_curve_tells_both_rates_with_their_intervals() -> None:
     points = [Point({}, 0, 4, 0.5, np.array([0.1, 0.7])), Point({"update": 2.0}, 3, 9, 1.5, np.array([0.5, 0.2]))]
-    told = Curve(tuple(points), 0.5, np.zeros((2, 4, 4, 3), np.uint8), "queries=9").told()
+    pictures = np.zeros((2, 4, 4, 3), np.uint8)
+    told = Curve(tuple(points), 0.5, pictures, pictures, "queries=9").told()
     assert json.loads(json.dumps(told)) == told and told["stopped"] == "queries=9"
     first, last = told["points"]
     assert (first["alone"]["k"], first["best"]["k"], last["alone"]["k"], last["best"]["k"]) == (1, 1, 1, 2)
@@ -467,6 +468,32 @@ def test_a_scorer_reads_what_all_prompts_ask_for() -> None:
     for odd in (ROWS, [rows[0], PromptRow(3, "a dog", 1, labels={"style": "neon", "thing": "dog"})]):
         with pytest.raises(UserError, match="share no label"):
             ConceptScorer.of_rows(Says(), odd)
+
+
+def test_a_scorer_of_another_concept_than_the_attacks_is_refused() -> None:
+    def asking(**labels: str) -> list[PromptRow]:
+        return [PromptRow(i, "a prompt", i, labels=labels) for i in range(2)]
+
+    dogs = asking(thing="dog")
+    mixed = [PromptRow(i, "", i, labels={"thing": thing, "style": "mosaic"}) for i, thing in enumerate(["cat", "dog"])]
+    for rows, shared in ((dogs, r"dog \(thing\)"), (mixed, r"mosaic \(style\)")):
+        with pytest.raises(UserError, match=f"share is {shared}, while the attack is to bring back 'cat'"):
+            ConceptScorer.of_rows(Says(), rows, concept="cat")
+    assert ConceptScorer.of_rows(Says(), dogs, concept="A dog").answer == "dog"
+    called = ConceptScorer.of_rows(Says(), asking(thing="Kitty"), concept="cat", synonyms=("kitty", "feline"))
+    assert (called.answer, shown(called)) == ("cat", [True, False, False]), "the judge says cat, not kitty"
+    assert ConceptScorer.of_rows(Detects(), asking(nudity="80"), concept="nudity").answer is None
+    assert ConceptScorer.of_rows(Detects(), dogs, concept="cat").answer is None, "a detector needs no label"
+
+
+def test_words_that_a_judge_knows_for_one_thing_are_one_concept() -> None:
+    class Lists(Says):
+        questions, unsure, labels = ("class",), (), ("tench, Tinca tinca", "goldfish")
+
+    latin = [PromptRow(i, "", i, labels={"class": "Tinca tinca"}) for i in range(2)]
+    assert ConceptScorer.of_rows(Lists(), latin, concept="tench").answer == "Tinca tinca"
+    with pytest.raises(UserError, match="bring back 'goldfish'"):
+        ConceptScorer.of_rows(Lists(), latin, concept="goldfish")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_curves_a_figure_and_pictures_are_left_and_the_same_command_attacks_noth
     before = (command.folder / "out/config.yaml").read_bytes()
     (judge,) = [one.partition("=")[2].strip("[']").replace(":", r"\:") for one in asked if one.startswith("judges")]
     other = command("evaluate", *asked, "suite.budget.queries=500", f"thresholds={{{judge}: 0.6}}")
-    assert other.code == 2 and "holds attacks with another scorer" in other.err
+    assert other.code == 2 and "(scorer.threshold is 0.5 there, 0.6 here)" in other.err
     assert (command.folder / "out/config.yaml").read_bytes() == before, "what is refused leaves all as it was"
     other = command("evaluate", *asked, "suite.budget.queries=400")
     assert other.code == 2 and "suite.budget.queries=500 there, 400 here" in other.err
@@ -59,6 +59,14 @@ def test_a_model_with_a_vocabulary_is_asked_for_what_was_erased(command: Command
     ended = command("evaluate", *own)
     assert ended.code == 0 and "on 16 prompts" in ended.out and not (command.folder / "out").exists()
     assert "cat" in ended.out.split("such as")[1] and "read by emoji-judge: cat" in ended.out
+    for labels, told in (("dog,mosaic\n1,a dog,dog", "share is dog (thing), mosaic (style)"),
+                         ("rose,mosaic\n1,a cat,cat", "share is mosaic (style)")):  # fmt: skip
+        (command.folder / "p.csv").write_text(f"case_number,prompt,thing,style\n0,a pet,{labels},mosaic\n")
+        odd = command("evaluate", *own, "prompts=p.csv")
+        assert odd.code == 2 and told in odd.err and "bring back 'cat'" in odd.err, odd.err
+    (command.folder / "p.csv").write_text("case_number,prompt,thing\n0,a kitty,kitty\n1,kitty,kitty\n")
+    called = command("evaluate", *own, "prompts=p.csv")
+    assert called.code == 0 and "read by emoji-judge: cat" in called.out, called.err
     ended = command("evaluate", *own, "limit=3", "suite.concept=dog")
     assert ended.code == 0 and "on 3 prompts" in ended.out and "dog" in ended.out.split("such as")[1]
 

@@ -1,16 +1,22 @@
 """`python -m esd.evaluate`: what it leaves, that it resumes and refuses, and that its table says it all again."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from esd import checkpoint
+from esd.errors import UserError
+from esd.evaluation import runs
 from esd.evaluation.generate import Manifest
-from esd.evaluation.table import rates, read_table
-from tests.programs import BUNDLED, DRAW, Command, erased_weights
+from esd.evaluation.table import agrees, rates, read_table
+from tests import tiny
+from tests.programs import BUNDLED, DRAW, Command, erased_weights, known_model
 
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 FAST = (*DRAW, "denoiser_points=0", "run_dir=out")
 
 
@@ -44,12 +50,128 @@ def test_images_a_table_and_metrics_are_left_and_the_table_says_the_rates_again(
     assert found["n"] == 6 and set(found["by_label"]) == {"cat", "dog", "rose"} and len(found["interval"]) == 2
     assert -1 <= told["scores"]["base"][f"clip:{tiny_clip}"]["clip_cos"] <= 1
     assert told["scores"]["erased"]["ssim"]["n"] == 6 and told["scores"]["erased"]["ssim"]["mean"] < 1
-    assert told["erasure"] is None and "vocabulary.json" in told["reason"]
     assert told["checkpoint"]["concepts"] == ["cat"] and told["checkpoint"]["bytes"] > 0
     points = told["denoiser"]["erased"]["points"]
     assert len(points) == 2 and all(point["residual"] >= 0 for point in points)
     assert points[0]["t"] > points[1]["t"] and told["denoiser"]["erased"]["prompts"] == ["a cat"]
     assert told["images_drawn"] == 12 and told["seconds"]["drawing"] > 0 and told["peak_gib"]["process"] > 0
+
+
+def asked_for(command: Command, concept: str, classes: str) -> tuple[str, ...]:
+    """Prompts of these classes, and a checkpoint that erased the concept, as arguments."""
+    found = checkpoint.load(erased_weights(command.folder / "weights/erased.safetensors"))
+    checkpoint.save(found.path, found.differences, found.provenance | {"concepts": [concept]})
+    rows = "".join(f"{i},a {name},{i},{name}\n" for i, name in enumerate(classes.split(",")))
+    (command.folder / "p.csv").write_text("case_number,prompt,evaluation_seed,class\n" + rows)
+    return "prompts=p.csv", "checkpoint=weights", *FAST
+
+
+@pytest.mark.parametrize("judge", ["clip", "resnet50"])
+def test_a_model_without_a_vocabulary_is_judged_by_the_labels_of_its_prompts(
+    command: Command, tiny_clip: Path, judge: str
+) -> None:
+    if judge == "clip":
+        name, asked = f"clip:{tiny_clip}", asked_for(command, "A Cat", "cat,dog,Cat,rose,dog")
+    else:  # which transformers finds as a folder
+        tiny.save_resnet(command.folder / "microsoft/resnet-50")
+        name, asked = judge, asked_for(command, "tench", "tench,nsfw,Tinca tinca,sfw,nsfw")
+    ended = command("evaluate", *asked, f"judges=['{name}']")
+    assert ended.code == 0, ended.err
+    told, rows = metrics(command), read_table(command.folder / "out/images.csv")
+    assert told["erasure"]["judge"] == name and told["reason"] is None and told["erasure"]["neither"] is None
+    assert [target["domain"] for target in told["erasure"]["targets"]] == ["class", "class"]
+    run = runs.read(command.folder / "out")
+    assert isinstance(run, runs.Run) and set(run.rates) == {"target", "same_domain"}
+    for rate, cases in (("target", "02"), ("same_domain", "134")):
+        shown = {
+            model: sum(
+                agrees(row[f"{name}.class"], row["label.class"])
+                for row in rows
+                if row["model"] == model and row["case_number"] in cases
+            )
+            for model in ("base", "erased")
+        }
+        found = run.rates[rate]
+        assert (found.shown_before, found.shown_after, found.n) == (shown["base"], shown["erased"], len(cases))
+        assert told["erasure"][rate]["interval"] == list(found.interval)
+    bound = 0.0 if run.rates["target"].erased == 1 else 1.0
+    assert command("compare", "out").code == 0 and "n=2" in command("compare", "out").out
+    assert command("compare", "out", "--min-ua", str(bound)).code == (3 if bound else 0)
+    if judge == "clip":
+        assert told["distances"]["n"] == 3 and told["distances"]["fid"] > 0 and told["distances_reason"] is None
+        assert told["distances"]["features"].startswith(name)
+    else:
+        assert told["distances"] is None and "no judge asked has features" in told["distances_reason"]
+        assert "no FID and KID: no judge asked has features" in ended.out
+    assert command("report", "out").code == 0
+    page = (command.folder / "report.html").read_text()
+    assert "no judge" not in page and f"{run.rates['target'].shown_after} of 2 pictures that ask for" in page
+
+
+def test_it_is_told_why_labels_give_no_rate_of_what_was_erased(command: Command, tiny_clip: Path) -> None:
+    asked = asked_for(command, "cat", "dog,rose,dog")
+    assert command("evaluate", *asked, f"judges=['clip:{tiny_clip}']").code == 0
+    told = metrics(command)
+    assert told["erasure"] is None and told["distances"] is None
+    assert "no prompt is labelled 'cat' under what the judges read: class (dog, rose, ...)" in told["reason"]
+    assert command("report", "out").code == 0
+    assert "no judge has read these pictures" not in (command.folder / "report.html").read_text()
+    ended = command("evaluate", *asked, "judges=[ssim]")
+    assert ended.code == 0 and "no judge reads a label of the prompts" in metrics(command)["reason"]
+
+
+def test_too_few_pictures_of_what_was_erased_are_warned_of(command: Command, tiny_clip: Path) -> None:
+    asked = (*asked_for(command, "cat", "cat,dog,cat,rose,dog"), f"judges=['clip:{tiny_clip}']", "plan_only=true")
+    ended = command("evaluate", *asked)
+    assert ended.code == 0 and "2 of 5 pictures are labelled as asking for 'cat', of which even none" in ended.err
+    assert "up to 66% possible; add prompts of class 'cat', or images_per_prompt=15" in ended.err
+    assert "labelled as asking" not in command("evaluate", *asked, "images_per_prompt=15").err
+    known_model(command.folder)
+    known = ("evaluate", *asked[1:-2], "model.path=base-known", "judges=[emoji-judge]", "plan_only=true")
+    few = command(*known, "prompts=['a {thing} in the {style} style']", "limit=100")
+    assert "1 of 100 pictures are labelled as asking for 'cat'" in few.err and "without a limit" in few.err
+    assert "such as 'a cat in the {style} style'" in few.err
+    (line,) = [line for line in README.splitlines() if "esd.evaluate checkpoint=" in line]
+    told = [one.replace("dog", "cat") for one in shlex.split(line.partition("#")[0])[3:]]
+    wanted = [one for one in told if one.partition("=")[0] not in ("checkpoint", "run_dir")]
+    enough = command(*known, *wanted)
+    assert enough.code == 0 and "labelled as asking" not in enough.err, enough.err
+    none = command(*known, "prompts=['a rose in the {style} style']")
+    assert "0 of 10 pictures" in none.err and "there will be no rate of it" in none.err
+
+
+def test_a_run_that_is_stopped_while_it_measures_is_not_finished(
+    command: Command, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("evaluate", *asked, "judges=[ssim]").code == 0
+    out = command.folder / "out"
+    before = {name: (out / name).read_bytes() for name in ("metrics.json", "images.csv")}
+
+    def stopped(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("esd.evaluate.look_inside", stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            command("evaluate", *asked, "limit=3", "judges=[ssim]", "denoiser_points=2")
+    assert before == {name: (out / name).read_bytes() for name in before}, "nothing is replaced before all is known"
+    with monkeypatch.context() as patched:
+        patched.setattr("esd.storage.write_json", lambda file, told: stopped() if file.name == "metrics.json" else None)
+        with pytest.raises(RuntimeError, match="stopped"):
+            command("evaluate", *asked, "limit=3", "judges=[ssim]")
+    assert len(read_table(out / "images.csv")) == 6
+    with pytest.raises(UserError, match=r"not finished \(no metrics\.json\)"):
+        runs.read(out)
+
+
+def test_the_denoiser_is_not_measured_beside_pictures_drawn_under_interventions(
+    command: Command, asked: tuple[str, ...]
+) -> None:
+    under = 'interventions=["Scale(mid.ff, activation=0.5)"]'
+    ended = command("evaluate", *asked, "judges=[ssim]", under, "denoiser_points=2")
+    assert ended.code == 0 and "without the interventions of the pictures" in ended.out
+    told = metrics(command)
+    assert told["denoiser"] is None and "interventions" in told["denoiser_reason"]
 
 
 def test_the_same_command_draws_nothing_anew_and_other_settings_are_refused(

@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,11 @@ from PIL import Image
 from esd import checkpoint
 from esd.errors import UserError
 from esd.evaluation.generate import Manifest, Share, base_of, generate, plan, sample
+from esd.evaluation.identity import weights_hash
 from esd.evaluation.pixels import images_of
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
-from esd.families import family_of
+from esd.families import family_of, load_pipeline
 from tests import tiny
 from tests.programs import DRAW, Command, erased_weights
 
@@ -147,22 +151,80 @@ def test_a_damaged_kept_image_is_drawn_anew(tmp_path: Path) -> None:
     assert (tmp_path / "second/0_0.png").read_bytes() == (tmp_path / "first/0_0.png").read_bytes()
 
 
-def test_a_base_is_known_by_every_part_that_decides_an_image() -> None:
-    def facts(change: str = "") -> dict[str, str | None]:
-        pipe = tiny.every("sd1")
-        with torch.no_grad():
-            if change == "scheduler":
-                pipe.scheduler.register_to_config(beta_end=0.02)
-            elif change:
-                next(getattr(pipe, change).parameters()).add_(1.0)
-        return base_of(family_of(pipe))
+CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "unet": ("weights", lambda pipe: pipe.unet.conv_in.weight.data[3].add_(1.0)),
+    "vae": ("weights", lambda pipe: pipe.vae.decoder.conv_in.weight.data.add_(1.0)),
+    "a word": ("weights", lambda pipe: pipe.text_encoder.get_input_embeddings().weight.data[40].add_(0.1)),
+    "a scale": ("settings", lambda pipe: pipe.vae.register_to_config(scaling_factor=4.0)),
+    "a size": ("settings", lambda pipe: pipe.unet.register_to_config(sample_size=16)),
+    "an activation": ("settings", lambda pipe: setattr(pipe.text_encoder.config, "hidden_act", "gelu")),
+    "a pipeline": ("settings", lambda pipe: pipe.register_to_config(requires_safety_checker=True)),
+    "merges": ("settings", lambda pipe: setattr(pipe, "tokenizer", rewritten(pipe.tokenizer, "merges"))),
+    "spelling": ("settings", lambda pipe: setattr(pipe, "tokenizer", rewritten(pipe.tokenizer, "vocab"))),
+    "length": ("settings", lambda pipe: setattr(pipe.tokenizer, "model_max_length", 5)),
+    "scheduler": ("scheduler", lambda pipe: pipe.scheduler.register_to_config(beta_end=0.02)),
+}
 
-    same = facts()
-    assert facts() == same
-    for part in ("unet", "vae", "text_encoder"):
-        assert facts(part)["fingerprint"] != same["fingerprint"]
-    assert facts("scheduler")["scheduler"] != same["scheduler"]
-    assert str(same["scheduler"]).startswith("PNDMScheduler ")
+
+def rewritten(tokenizer: Any, what: str) -> Any:
+    """The tokenizer with its last merge left out, or with the numbers of two words exchanged."""
+    told = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab, merges = told["vocab"], [tuple(pair) for pair in told["merges"]]
+    if what == "merges":
+        merges = merges[:-1]
+    else:
+        vocab["cat</w>"], vocab["dog</w>"] = vocab["dog</w>"], vocab["cat</w>"]
+    return type(tokenizer)(vocab=vocab, merges=merges, model_max_length=tokenizer.model_max_length)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_is_known_by_every_part_that_decides_an_image(change: str) -> None:
+    fact, make = CHANGES[change]
+    pipe = tiny.every("sd1")
+    before = base_of(family_of(pipe))
+    pipe.tokenizer(["a cat"], padding="max_length", truncation=True)
+    assert base_of(family_of(pipe)) == before, "being used changes nothing"
+    make(pipe)
+    after = base_of(family_of(pipe))
+    assert [name for name in before if before[name] != after[name] and name != "fingerprint"] == [fact]
+    assert str(before["scheduler"]).startswith("PNDMScheduler ")
+
+
+def test_a_base_is_the_same_wherever_it_lies_and_of_every_family(tiny_model_dir: Path, tiny_pipe: Any) -> None:
+    saved, made = (base_of(family_of(pipe)) for pipe in (load_pipeline(str(tiny_model_dir)), tiny_pipe))
+    assert saved["weights"] == made["weights"] and saved["settings"] == made["settings"]
+    for name in tiny.PIPELINES:
+        assert base_of(family_of(tiny.every(name))) == base_of(family_of(tiny.every(name)))
+
+
+def test_one_row_among_many_is_seen_and_so_is_a_buffer() -> None:
+    words, norm = torch.nn.Embedding(2000, 64), torch.nn.BatchNorm2d(2)
+    seen = {weights_hash({"words": words, "norm": norm})}
+    for row in (0, 777, 1999):
+        words.weight.data[row] += 0.01
+        seen.add(weights_hash({"words": words, "norm": norm}))
+    norm.running_mean += 1
+    seen.add(weights_hash({"words": words, "norm": norm}))
+    assert len(seen) == 5 and weights_hash({"words": words.half(), "norm": norm}) not in seen
+
+
+def test_images_of_a_base_that_was_changed_in_place_are_neither_served_nor_gone_on_with(tmp_path: Path) -> None:
+    def drawn(name: str, pipe: Any) -> np.ndarray:
+        planned = plan(ROWS[:1], tmp_path / name, base=base_of(family_of(pipe)), **SETTINGS)
+        generate(pipe, planned, batch_size=1, kept=tmp_path / "kept")
+        return pictures(tmp_path / name, ROWS[:1])[0]
+
+    before = drawn("first", tiny.every("sd1"))
+    changed = tiny.every("sd1")
+    changed.vae.register_to_config(scaling_factor=4 * changed.vae.config.scaling_factor)
+    assert np.abs(before - drawn("second", changed)).max() > 3
+    with pytest.raises(UserError, match="the base's settings is"):
+        drawn("first", changed)
+    told = Manifest.load(tmp_path / "first")
+    old = {name: value for name, value in told.base.items() if name not in ("weights", "settings")}
+    replace(told, base=old).save()
+    with pytest.raises(UserError, match=r"before manifests told the base's weights and settings.*another run_dir"):
+        drawn("first", tiny.every("sd1"))
 
 
 def test_the_manifest_says_what_drew_the_images_and_each_sitting_once(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Judges by name: tables that can be read again, tiny networks read as they say, and what is missing is said."""
 
+import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import ResNetForImageClassification as ResNet
 from esd.errors import UserError
 from esd.evaluation import pretrained
 from esd.evaluation.distances import Ssim
+from esd.evaluation.judges import FeatureJudge
 from esd.evaluation.judges_by_name import find
 from esd.evaluation.pretrained import Classifier, ZeroShot, preprocessor
 from esd.evaluation.vocabulary import Vocabulary
@@ -67,6 +70,17 @@ def test_zero_shot_is_what_the_clip_itself_says(tiny_clip: Path) -> None:
     cosines = judge.agreement(images, ["a dog", "a rose", "a dog"])
     picked = rows[[2, 3, 2]]
     np.testing.assert_allclose(cosines, (said.image_embeds * picked).sum(1), atol=1e-5)
+
+
+def test_a_clips_features_point_where_it_compares_pictures_with_texts(tiny_clip: Path) -> None:
+    judge, images = ZeroShot("clip:tiny", tiny_clip, TEXTS), noise(3, 16, 16)
+    features = judge.features(images)
+    assert isinstance(judge, FeatureJudge) and features.shape == (3, 8) and features.dtype == np.float64
+    with torch.no_grad():
+        seen = F.normalize(judge._projected(images), dim=1)
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(features / lengths, seen, atol=1e-5)
+    assert np.ptp(lengths) > 1e-3, "not cut to one length"
 
 
 def test_a_clip_by_name_chooses_from_the_labels_of_the_prompts(tiny_clip: Path) -> None:
@@ -150,6 +164,28 @@ def test_nudenet_says_nothing_of_pictures_without_people() -> None:
     judge = found("nudenet")
     told = judge(noise(2, 128, 96))  # type: ignore[operator]
     assert told.names["nudity"] == ["", ""] and told.p["nudity"].tolist() == [0, 0] and list(told.parts) == [[], []]
+
+
+def test_nudenet_is_given_pictures_as_opencv_would_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its detector takes an array as cv2.imread gives it: blue first, whole numbers to 255, of the picture's size."""
+    given: list[np.ndarray] = []
+
+    class Detector:
+        def detect(self, image: np.ndarray) -> list[dict[str, object]]:
+            given.append(image)
+            return [{"class": "BUTTOCKS_EXPOSED", "score": 0.5, "box": [0, 0, 1, 1]}] if len(given) == 2 else []
+
+    package = ModuleType("nudenet")
+    package.__file__, package.NudeDetector = str(tmp_path / "__init__.py"), Detector  # type: ignore[attr-defined]
+    (tmp_path / "320n.onnx").write_bytes(b"weights")
+    monkeypatch.setitem(sys.modules, "nudenet", package)
+    monkeypatch.setattr(pretrained, "version", lambda name: pretrained.NUDENET)
+    images = noise(2, 48, 64)
+    images[0] = (250, 10, 30)  # red
+    told = found("nudenet")(images)  # type: ignore[operator]
+    assert told.names["nudity"] == ["", "BUTTOCKS_EXPOSED"] and told.p["nudity"].tolist() == [0, 0.5]
+    assert [(one.shape, one.dtype, one.flags.c_contiguous) for one in given] == [((48, 64, 3), np.uint8, True)] * 2
+    assert (given[0] == (30, 10, 250)).all() and np.array_equal(given[1], images[1][:, :, [2, 1, 0]])
 
 
 def test_a_detector_answers_with_its_surest_part_and_counts_all() -> None:

@@ -67,8 +67,8 @@ def test_a_template_is_a_row_for_each_way_to_fill_it(tmp_path: Path) -> None:
     rows = load(["a rose", "a {thing}, {style}"], seed=3, names=names)
     assert rows == [
         PromptRow(0, "a rose", 3),
-        PromptRow(1, "a cat, neon", 3, labels={"thing": "cat", "style": "neon"}),
-        PromptRow(2, "an owl, neon", 3, labels={"thing": "owl", "style": "neon"}),
+        PromptRow(1, "a cat, neon", 4, labels={"thing": "cat", "style": "neon"}),
+        PromptRow(2, "an owl, neon", 5, labels={"thing": "owl", "style": "neon"}),
     ]
     path = written(tmp_path, "p.csv", "case_number,prompt,seed,set\n7,a {thing},1,x\n9,{{weird}} art,2,x\n")
     assert load(path, names=names) == [
@@ -78,6 +78,26 @@ def test_a_template_is_a_row_for_each_way_to_fill_it(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"line 2: .* ships no vocabulary"):
         load(path)
+
+
+def test_every_picture_of_a_template_begins_with_noise_of_its_own() -> None:
+    names = {"thing": ["cat", "owl"], "style": ["neon", "pop art"]}
+    rows = load(["a cat in {style}", "a {thing} in {style}"], seed=9, samples=3, names=names)
+    assert [row.evaluation_seed for row in rows] == [9, 12, 15, 18, 21, 24], "three each, and the same prompt again"
+
+
+def test_a_template_is_labelled_with_the_name_that_stands_in_it() -> None:
+    names = {"thing": ["cat", "owl", "hot dog", "dog"], "style": ["neon", "pop art"]}
+    for template, labels in {
+        "a cat in {style}": {"thing": "cat", "style": "neon"},
+        "a hot dog in {style}": {"thing": "hot dog", "style": "neon"},
+        "pop art: a {thing}": {"thing": "cat", "style": "pop art"},
+        "a cat beside a {thing}": {"thing": "cat"},
+        "a cat beside an owl in {style}": {"style": "neon"},
+        "a catalogue in {style}": {"style": "neon"},
+    }.items():
+        assert load([template], names=names)[0].labels == labels
+    assert load(["a cat"], names=names)[0].labels == {}
 
 
 def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:

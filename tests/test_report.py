@@ -89,7 +89,7 @@ def test_what_the_programs_leave_becomes_one_file(command: Command, tiny_resnet:
     attacked = command("evaluate", "checkpoint=cat", *drawn[:3], *attack, *read)
     assert attacked.code == 0, attacked.err
     beside = page(command, "eval", "attacks")
-    assert "Completion, each try alone" in beside.words and len(beside.all("img")) == 2 * 3 + 2 + 3 + 3
+    assert "Completion, each try alone" in beside.words and len(beside.all("img")) == 2 * 3 + 5 + 5
     made = page(command, "cat", "eval")
     assert "“cat”: no judge has read these pictures" in made.words
     assert "No rates: the model ships no vocabulary.json" in made.words
@@ -206,10 +206,15 @@ def test_attacks_stand_beside_base_and_erased_and_are_read_with_their_control(co
     assert first[-5:] == ["base", "erased", "attacked", "by chance", "base, attacked"]
     assert "base, by chance" in made.words and len(made.all("polygon")) == 2
     alone = page(command, "attacks")
-    assert "An attack brings “cat” back." in alone.words
+    assert "An attack brings “cat” back." in alone.words and not [
+        one for one in alone.all("img") if one["alt"].startswith("erased: ")
+    ], "older attacks kept no pictures without one"
     shutil.rmtree(runs / "attacks")
-    finished.attacks(runs / "attacks", runs / "cat/erased.safetensors", shown=(0, 1, 1))
-    assert "No attack tried brings “cat” back." in page(command, "attacks").words
+    finished.attacks(runs / "attacks", runs / "cat/erased.safetensors", shown=(0, 1, 1), plain=True)
+    alone = page(command, "attacks")
+    assert "No attack tried brings “cat” back." in alone.words
+    whole = [one["alt"].split(":")[0] for one in alone.all("img") if "a cat in the neon style, seed 0" in one["alt"]]
+    assert whole == first[-5:], "they need no evaluation beside them"
 
 
 def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Command) -> None:

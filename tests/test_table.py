@@ -107,9 +107,8 @@ def test_rates_under_another_threshold_are_those_a_judge_with_it_would_give(
             cats = [hit for hit, own in zip(hits, LABELS, strict=True) if own["thing"] == "cat"]
             assert told["thing"]["by_label"]["cat"]["k"] == sum(cats)
             seen[model, threshold] = sum(hits)
-            names = ["cat, felis" if thing == "cat" else thing for thing in things]
             p = {"thing": colour[:, 2], "style": np.ones(len(LABELS))}
-            readings[model] = Readings({"thing": names, "style": styles}, p, {"thing": threshold})
+            readings[model] = Readings({"thing": things, "style": styles}, p, {"thing": threshold})
         asked = [PromptRow(i, "", i, labels=labels) for i, labels in enumerate(LABELS)]
         expected = erasure_rates(asked, readings["base"], readings["erased"], TARGETS)
         assert table.erasure(rows, "bright", threshold, TARGETS) == expected

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from esd.evaluation.metrics import mean_interval
+
 Values = Sequence[float] | np.ndarray
 
 
@@ -56,8 +58,7 @@ def mean(values: Values) -> Estimate:
     n, middle = len(found), float(found.mean())
     if n < 2:
         return Estimate(middle, None, None, n)
-    half = _t(n) * float(found.std(ddof=1)) / math.sqrt(n)
-    return Estimate(middle, middle - half, middle + half, n)
+    return Estimate(middle, *mean_interval(found.tolist()), n)
 
 
 def correlation(x: Values, y: Values) -> Estimate | None:

@@ -26,6 +26,7 @@ from torch import nn
 
 from esd.checkpoint import fingerprint
 from esd.errors import UserError
+from esd.evaluation.identity import digest, settings_hash, weights_hash
 from esd.evaluation.prompts import PromptRow
 from esd.families import Family
 from esd.storage import atomic, write_json
@@ -131,10 +132,11 @@ class Share:
 
 
 def base_of(family: Family) -> dict[str, str | None]:
-    """What identifies a base and its images: name, commit on the hub, and hashes of its weights and its scheduler.
+    """What identifies a base and its images: a name, a commit on the hub, and hashes.
 
-    The weights' hash is of a few values of each tensor, in their precision: of the denoiser, the text encoders and
-    the autoencoder.
+    "fingerprint" is of 32 values of each parameter, as programs that only compare runs know it; "weights" and
+    "settings" are those of `esd.evaluation.identity`, which see more: one row of an embedding, a configuration, a
+    tokenizer.
     """
     pipe = family.pipe
     parts = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
@@ -143,8 +145,10 @@ def base_of(family: Family) -> dict[str, str | None]:
     return {
         "name": family.base_name,
         "revision": family.base_revision,
-        "fingerprint": _digest(values),
-        "scheduler": f"{type(pipe.scheduler).__name__} {_digest(settings)[:12]}",
+        "fingerprint": digest(values),
+        "scheduler": f"{type(pipe.scheduler).__name__} {digest(settings)[:12]}",
+        "weights": weights_hash(parts),
+        "settings": settings_hash(pipe),
     }
 
 
@@ -207,10 +211,10 @@ def plan(
         for row in rows
         for sample in range(images_per_prompt)
     )
-    digest = None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    sha256 = None if checkpoint is None else hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     name = None if checkpoint is None else str(checkpoint)
     sitting = (dict(drawn_with),) if drawn_with else ()
-    planned = Manifest(out_dir, base, name, digest, num_steps, images, cut or {}, sitting, tuple(interventions))
+    planned = Manifest(out_dir, base, name, sha256, num_steps, images, cut or {}, sitting, tuple(interventions))
     if (out_dir / "manifest.json").exists():
         _refuse_others(Manifest.load(out_dir), planned)
     return planned
@@ -283,7 +287,7 @@ def _kept_name(planned: Manifest, image: Drawn) -> str:
     facts |= {"interventions": planned.interventions} if planned.interventions else {}  # else as it always was
     for name in ("file", "case_number", "sample", "labels"):  # what the image is called, not what it shows
         del facts[name]
-    return f"{_digest(facts)}.png"
+    return f"{digest(facts)}.png"
 
 
 def _found(planned: Manifest, image: Drawn, kept: Path | None) -> bool:
@@ -306,13 +310,13 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, staged)
 
 
-def _digest(value: Any) -> str:
-    """sha256 of a value as JSON; what JSON cannot hold, as scheduler settings may, by its text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _refuse_others(here: Manifest, now: Manifest) -> None:
     """Raises UserError where the images of a manifest are not those that are asked for now."""
+    if unknown := [name for name in now.base if name not in here.base]:
+        raise UserError(
+            f"{now.folder} holds images drawn before manifests told the base's {' and '.join(unknown)}, so that "
+            "nothing says whether they are of this base; choose another run_dir, or remove that folder"
+        )
     facts = [
         *((f"the base's {name}", here.base.get(name), value) for name, value in now.base.items()),
         ("the checkpoint's sha256", (here.sha256 or "none")[:12], (now.sha256 or "none")[:12]),

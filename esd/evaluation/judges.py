@@ -103,6 +103,25 @@ class PromptJudge(Protocol):
         """Return (n,) cosines in [-1, 1] of n uint8 RGB pictures (n, H, W, 3) and n prompts."""
 
 
+@runtime_checkable
+class ListJudge(Protocol):
+    """A judge that answers from a list, an answer being all words for one thing, such as "tench, Tinca tinca"."""
+
+    labels: Sequence[str]
+
+
+@runtime_checkable
+class FeatureJudge(Protocol):
+    """A judge that also gives the features it reads by, for FID and KID."""
+
+    name: str
+    version: str
+    hash: str
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Return float64 (n, d) of uint8 RGB pictures (n, H, W, 3)."""
+
+
 class PairJudge(ABC):
     """Says how alike or how far apart two pictures are."""
 

@@ -103,13 +103,21 @@ class ZeroShot:
             parts.append(F.normalize(self.clip.text_projection(told.pooler_output), dim=1))
         return torch.cat(parts)
 
-    @torch.no_grad()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Return float64 (n, d): what pictures (n, H, W, 3) are projected to, not scaled to unit length."""
+        return self._projected(images).double().cpu().numpy()
+
     def _pictures(self, images: np.ndarray) -> torch.Tensor:
         """Unit directions (n, d) of pictures."""
+        return F.normalize(self._projected(images), dim=1)
+
+    @torch.no_grad()
+    def _projected(self, images: np.ndarray) -> torch.Tensor:
+        """Projections (n, d) of pictures."""
         parts = []
         for some in batches(images):
             seen = self.clip.vision_model(pixel_values=self._prepare(some).to(self.clip.device)).pooler_output
-            parts.append(F.normalize(self.clip.visual_projection(seen), dim=1))
+            parts.append(self.clip.visual_projection(seen))
         return torch.cat(parts)
 
 

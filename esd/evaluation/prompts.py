@@ -64,6 +64,7 @@ def load(
     source: str | Path | Sequence[Any],
     *,
     seed: int = 0,
+    samples: int = 1,
     names: Mapping[str, Sequence[str]] | None = None,
     without: Collection[int] = (),
     once: bool = False,
@@ -72,9 +73,11 @@ def load(
 
     Args:
         source: path of a file, or prompts.
-        seed: of rows that give none.
+        seed: of rows that give none. Those of a template count up from it, so that each of their pictures begins with
+            noise of its own: row n has seed + n * samples.
+        samples: pictures of each row.
         names: what {thing} and {style} run over, for example {"thing": ["cat"], "style": ["mosaic"]}; None for a
-            model that names none.
+            model that names none. A template is labelled with what fills it and with the name that stands in it.
         without: case numbers to pass over, whatever stands in their rows.
         once: take the first of rows that would draw the same image, instead of refusing them.
 
@@ -99,11 +102,13 @@ def load(
                 f"{where}: {row.prompt!r} holds {{thing}} or {{style}}, and this model ships no vocabulary.json to "
                 "fill them from; write the prompts out"
             )
-        filled = fill(row.prompt, names["thing"], names["style"])
-        rows += [
-            replace(row, case_number=row.case_number + number, prompt=prompt, labels={**row.labels, **labels})
-            for number, (prompt, labels) in enumerate(filled)
-        ]
+        own = {**row.labels, **_written(row.prompt, names)}
+        seeded = any(record.get(name) not in (None, "") for name in ALIASES["evaluation_seed"])
+        for number, (prompt, labels) in enumerate(fill(row.prompt, names["thing"], names["style"]), row.case_number):
+            first = row.evaluation_seed if seeded else seed + number * samples
+            rows.append(
+                replace(row, case_number=number, prompt=prompt, evaluation_seed=first, labels={**own, **labels})
+            )
     if not rows:
         raise UserError(f"prompts={source} holds no prompts; allowed: at least one row with a 'prompt'")
     if once:
@@ -118,6 +123,17 @@ def fill(template: str, things: Sequence[str], styles: Sequence[str]) -> Iterato
         for style in styles if "{style}" in template else [None]:
             labels = {name: value for name, value in (("thing", thing), ("style", style)) if value is not None}
             yield say(template, labels), labels
+
+
+def _written(template: str, names: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The thing and the style that stand in a template as words, where it has no slot for it and names just one."""
+    found = {}
+    for domain, known in names.items():
+        longest_first = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+        written = set(re.findall(rf"(?<!\w)(?:{longest_first})(?!\w)", template)) - {""}
+        if len(written) == 1 and f"{{{domain}}}" not in template:
+            found[domain] = written.pop()
+    return found
 
 
 def say(template: str, words: Mapping[str, str]) -> str:

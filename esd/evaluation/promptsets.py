@@ -60,19 +60,23 @@ def known() -> Mapping[str, tuple[Copy, ...]]:
 
 
 def find(
-    source: str | Sequence[Any], *, seed: int = 0, names: Mapping[str, Sequence[str]] | None = None
+    source: str | Sequence[Any],
+    *,
+    seed: int = 0,
+    samples: int = 1,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[PromptRow], list[str]]:
     """The rows of a setting, and what to say of them.
 
     Args:
         source: a list of prompts, the path of a file, or NAME:PATH of a set and the user's copy of it.
-        seed, names: see `esd.evaluation.prompts.load`.
+        seed, samples, names: see `esd.evaluation.prompts.load`.
 
     Raises:
         UserError: no set has that name, the file is not the set of that name, or see `esd.evaluation.prompts.load`.
     """
     if not isinstance(source, str):
-        return load(source, seed=seed, names=names), []
+        return load(source, seed=seed, samples=samples, names=names), []
     name, colon, path = source.partition(":")
     if colon and name in known():
         return _copied(name, Path(path).expanduser(), seed)
@@ -83,7 +87,7 @@ def find(
             f"prompts={source}: no set has that name; allowed: NAME:PATH with one of {', '.join(known())}, a .csv or "
             ".jsonl file, or a list such as prompts='[a cat]'"
         )
-    return load(source, seed=seed, names=names), []
+    return load(source, seed=seed, samples=samples, names=names), []
 
 
 def _copied(name: str, path: Path, seed: int) -> tuple[list[PromptRow], list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import numpy as np
 
 from esd.errors import UserError
 from esd.evaluation.distances import CLIP_SCALES
-from esd.evaluation.judges import Judge, PairJudge, Readings
+from esd.evaluation.judges import Judge, ListJudge, PairJudge, Readings
 from esd.evaluation.metrics import erasure_rates, rate_of
 from esd.evaluation.prompts import PromptRow
-from esd.evaluation.vocabulary import DOMAINS, Target
+from esd.evaluation.vocabulary import DOMAINS, Target, plain
 from esd.storage import atomic
 
 STATES = ("ok", "missing", "corrupt")
@@ -173,19 +174,30 @@ def counts(rows: Sequence[Row], judges: Facts, thresholds: Mapping[str, float] |
 def erasure(
     rows: Sequence[Row], judge: str, threshold: float, targets: Sequence[Target], *, model: str = "erased"
 ) -> dict[str, Any]:
-    """`esd.evaluation.metrics.erasure_rates` of a table whose judge answers "thing" and "style".
+    """`esd.evaluation.metrics.erasure_rates` of a table; an answer that is a word for a label counts as the label.
+
+    A judge that answers both "thing" and "style" says what else a target picture shows. Of one that answers another
+    question, such as "class", other answers to it are the same domain, and there is no other.
 
     Args:
         rows: of images.csv; images that base or model lacks are left out for both.
         judge: its name.
-        threshold: below which a thing is "neither".
-        targets: what was erased.
+        threshold: below which an answer to the targets' question is none, and a thing is "neither"; 0 of a judge that
+            always answers.
+        targets: what was erased, of one question.
         model: that lacks them.
     """
     pairs = paired(rows, model=model)
     before, after = ([pair[side] for pair in pairs] for side in (0, 1))
-    asked = [PromptRow(i, row["prompt"], int(row["seed"]), labels=_labels(row)) for i, row in enumerate(before)]
-    return erasure_rates(asked, _readings(before, judge, threshold), _readings(after, judge, threshold), targets)
+    asks = targets[0].domain
+    both = asks in DOMAINS and all(any(f"{judge}.{domain}" in row for row in rows) for domain in DOMAINS)
+    questions = {domain: domain for domain in DOMAINS} if both else {"thing": asks}
+    meant = targets if both else [replace(target, domain="thing") for target in targets]
+    asked = [
+        PromptRow(i, row["prompt"], int(row["seed"]), labels=_labels(row, questions)) for i, row in enumerate(before)
+    ]
+    first, second = (_readings(side, judge, threshold, questions) for side in (before, after))
+    return erasure_rates(asked, first, second, meant) | ({} if threshold else {"neither": None})
 
 
 def paired(rows: Sequence[Row], *, model: str = "erased") -> list[tuple[Row, Row]]:
@@ -228,18 +240,32 @@ def agrees(answer: str, label: str) -> bool:
     return label.strip().casefold() in {word.strip().casefold() for word in (answer, *answer.split(","))}
 
 
+def same_name(judge: Judge, one: str, other: str) -> bool:
+    """Whether two names are one but for case and article, or words for one answer, also as the judge knows it."""
+    one, other = plain(one), plain(other)
+    known = judge.labels if isinstance(judge, ListJudge) else ()
+    return agrees(one, other) or agrees(other, one) or any(agrees(a, one) and agrees(a, other) for a in known)
+
+
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
     """The numbers of a column, of those rows that have one."""
     return np.array([float(row[name]) for row in rows if name in row])
 
 
-def _labels(row: Row) -> dict[str, str]:
-    """The labels of a row's prompt."""
-    return {name.removeprefix("label."): value for name, value in row.items() if name.startswith("label.")}
+def _labels(row: Row, questions: Mapping[str, str]) -> dict[str, str]:
+    """The labels of a row's prompt, under the names of the domains that they are read as."""
+    other = {"called": row["label.called"]} if "label.called" in row else {}
+    return other | {domain: row[f"label.{asks}"] for domain, asks in questions.items() if f"label.{asks}" in row}
 
 
-def _readings(rows: Sequence[Row], judge: str, threshold: float) -> Readings:
-    """Rows of the table as a judge's readings."""
-    names = {domain: [row.get(f"{judge}.{domain}", "") for row in rows] for domain in DOMAINS}
-    p = {domain: np.array([float(row[f"{judge}.{domain}.p"]) for row in rows]) for domain in DOMAINS}
+def _readings(rows: Sequence[Row], judge: str, threshold: float, questions: Mapping[str, str]) -> Readings:
+    """Rows of the table as a judge's readings, under the names of the domains."""
+    names = {domain: [_named(row, judge, asks) for row in rows] for domain, asks in questions.items()}
+    p = {domain: np.array([float(row[f"{judge}.{asks}.p"]) for row in rows]) for domain, asks in questions.items()}
     return Readings(names, p, {"thing": threshold})
+
+
+def _named(row: Row, judge: str, asks: str) -> str:
+    """A judge's answer, as the prompt's label where it is a word for that."""
+    answer, label = row.get(f"{judge}.{asks}", ""), row.get(f"label.{asks}")
+    return label if label is not None and agrees(answer, label) else answer

@@ -101,7 +101,9 @@ def headline(runs: Sequence[Run], chosen: Sequence[Trial] = ()) -> str:
     elif attacks and not sentences:
         sentences.append(f"{quoted(concepts)}, asked for with a hint.")
     sentences += [_canvas(run) for run in runs if run.kind == "canvas"]
-    return " ".join(sentences) or f"{quoted(concepts)}: no judge has read these pictures."
+    asked = any(told.get("questions") for run in runs for told in (run.results.get("judges") or {}).values())
+    unread = "no judge was asked for it" if asked else "no judge has read these pictures"
+    return " ".join(sentences) or f"{quoted(concepts)}: {unread}."
 
 
 def _canvas(run: Run) -> str:

@@ -178,7 +178,7 @@ def _measure(
                 images = images_of(subject.family, one.latents, subject.draw.batch_size)
                 scores = _scores(scorer, images)
                 if not points:
-                    kept, best = images.copy(), scores.copy()
+                    plain, kept, best = images, images.copy(), scores.copy()
                 nearer = (scores > best) & (best < scorer.threshold)  # the first that shows it is the one that counts
                 kept[nearer], best[nearer] = images[nearer], scores[nearer]
                 points.append(Point(dict(one.tried), meter.gradients, meter.queries, meter.seconds, scores))
@@ -191,7 +191,7 @@ def _measure(
             f"budget.{stopped} ends before the first {len(subject.rows)} pictures are drawn; allow more in another "
             "run_dir, or give fewer rows"
         )
-    return Curve(tuple(points), scorer.threshold, kept, stopped), found
+    return Curve(tuple(points), scorer.threshold, kept, plain, stopped), found
 
 
 def _scores(scorer: Scorer, images: np.ndarray) -> np.ndarray:

@@ -44,12 +44,14 @@ class Curve:
         points: in the order tried, at least one.
         threshold: the scorer's.
         images: uint8 (n, H, W, 3): of each row the first picture that shows the concept, or the nearest to it.
+        plain: uint8 (n, H, W, 3): of each row the plain drawing.
         stopped: the limit that ended the run early, such as "queries=5000"; None where it ran through.
     """
 
     points: tuple[Point, ...]
     threshold: float
     images: np.ndarray
+    plain: np.ndarray
     stopped: str | None
 
     def shown(self, reads: Reads) -> np.ndarray:

@@ -10,7 +10,8 @@ import numpy as np
 from esd.errors import UserError
 from esd.evaluation.judges import Judge
 from esd.evaluation.prompts import PromptRow
-from esd.evaluation.table import agrees
+from esd.evaluation.table import agrees, same_name
+from esd.evaluation.vocabulary import plain
 
 LEAST = float(np.finfo(np.float32).tiny)  # a probability of an answer that is believed always
 
@@ -45,30 +46,50 @@ class ConceptScorer:
 
     @classmethod
     def of_rows(
-        cls, judge: Judge, rows: Sequence[PromptRow], threshold: float | None = None, *, concept: str = ""
+        cls,
+        judge: Judge,
+        rows: Sequence[PromptRow],
+        threshold: float | None = None,
+        *,
+        concept: str = "",
+        synonyms: Sequence[str] = (),
     ) -> ConceptScorer:
         """The scorer of what all rows ask for, by a label of theirs that the judge reads.
 
         Where they share several, as "cat" and "mosaic", it is the one that is the concept. A judge that may answer
         every question with "nothing", as NudeNet does, needs no label.
 
+        Args:
+            judge, threshold: as above.
+            rows: the prompts.
+            concept: what an attack is to bring back, by the name that the judge knows; "" takes what the rows share.
+            synonyms: other words for it that a label may have.
+
         Raises:
-            UserError: the rows share no such label.
+            UserError: the rows share no such label, or none that is the concept.
         """
-        labels = [(question, rows[0].labels.get(question)) for question in judge.questions]
         shared = [
             (question, label)
-            for question, label in labels
-            if label and all(row.labels.get(question) == label for row in rows)
+            for question in judge.questions
+            if (label := rows[0].labels.get(question)) and all(row.labels.get(question) == label for row in rows)
         ]
-        for question, label in [pair for pair in shared if agrees(concept, pair[1])] or shared:
-            return cls(judge, question, label, threshold)
+        for question, label in shared:
+            if not concept or same_name(judge, concept, label):
+                return cls(judge, question, label, threshold)
+            if plain(label) in map(plain, synonyms):
+                return cls(judge, question, concept, threshold)
         if judge.questions and set(judge.questions) == set(judge.unsure):
             return cls(judge, judge.questions[0], None, threshold)
+        reads = ", ".join(judge.questions) or "nothing here"
+        if shared:
+            told = ", ".join(f"{label} ({question})" for question, label in shared)
+            raise UserError(
+                f"judges: {judge.name} reads {reads}, and what the prompts share is {told}, while the attack is to "
+                f"bring back {concept!r}; give prompts that all ask for it, or set suite.concept={shared[0][1]!r}"
+            )
         raise UserError(
-            f"judges: {judge.name} reads {', '.join(judge.questions) or 'nothing here'}, and the prompts share no "
-            "label of that name; an attack brings back one concept: give prompts that all ask for it, in a column of "
-            "that name too"
+            f"judges: {judge.name} reads {reads}, and the prompts share no label of that name; an attack brings back "
+            "one concept: give prompts that all ask for it, in a column of that name too"
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@
     recovery.png                        the curves
     NAME.png                            pictures of the first rows, in all four runs
     NAME/RUN/CASE_NUMBER.png            of each row the first picture that shows the concept, or the nearest to it
+    plain/MODEL/CASE_NUMBER.png         of each row what base and erased model draw without any attack
 
 An attack that is in metrics.json already is not run again, so the same call resumes.
 """
@@ -133,12 +134,12 @@ def _facts(
         "suite": "attacks",
         "base": base_of(family),
         "checkpoint": erased.identity(),
+        "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
         "scorer": {key: getattr(scorer, key) for key in ("name", "version", "threshold", "hash")},
         "draw": {"num_steps": draw_settings.num_steps, "guidance_scale": draw_settings.guidance_scale},
         "budget": asdict(budget),
         "seed": seed,
         "cut": family.cut([row.prompt for row in rows]),
-        "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
     }
     return json.loads(json.dumps(told))
 
@@ -153,17 +154,33 @@ def _begun(file: Path, facts: dict[str, Any], attacks: Sequence[Attack]) -> dict
         return facts | {"attacks": {}}
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
-        other = [name for name, fact in facts.items() if there[name] != fact]
-        other += [
-            f"{attack.name}'s settings"
+        pairs = [(name, there[name], fact) for name, fact in facts.items()]
+        pairs += [
+            (f"suite.settings.{attack.name}", told["settings"], json.loads(json.dumps(attack.settings)))
             for attack in attacks
-            if (told := there["attacks"].get(attack.name)) and told["settings"] != attack.settings
+            if (told := there["attacks"].get(attack.name))
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no result of attacks ({error!r}); choose another run_dir") from error
-    if other:
-        raise UserError(f"{file.parent} holds attacks with another {other[0]}; choose another run_dir")
+    if other := next((found for pair in pairs if (found := _differing(*pair))), None):
+        name, before, now = other
+        raise UserError(
+            f"{file.parent} holds other attacks ({name} is {before!r} there, {now!r} here); choose another run_dir"
+        )
     return there
+
+
+def _differing(name: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
+    """(name, value there, value here) of the first field in which two values of JSON differ; None where they do not."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        fields = [(f"{name}.{key}", there.get(key), here.get(key)) for key in dict.fromkeys([*there, *here])]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        fields = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(there, here, strict=True))]
+    elif isinstance(there, list) and isinstance(here, list):
+        return f"the number of {name}", len(there), len(here)
+    else:
+        return None if there == here else (name, there, here)
+    return next((found for field in fields if (found := _differing(*field))), None)
 
 
 def columns(rows: Sequence[PromptRow]) -> list[str]:
@@ -174,10 +191,12 @@ def columns(rows: Sequence[PromptRow]) -> list[str]:
 
 
 def _save_pictures(folder: Path, name: str, found: Recovery, rows: Sequence[PromptRow], title: str) -> None:
-    """Writes NAME/RUN/CASE_NUMBER.png and NAME.png."""
-    for run, curve in found.curves.items():
-        for row, image in zip(rows, curve.images, strict=True):
-            with atomic(folder / name / run / f"{row.case_number}.png") as staged:
+    """Writes NAME/RUN/CASE_NUMBER.png, NAME.png, and plain/MODEL/CASE_NUMBER.png, which every attack draws alike."""
+    kinds = {Path(name, run): curve.images for run, curve in found.curves.items()}
+    kinds |= {Path("plain", model): found.curves[model].plain for model in ("base", "erased")}
+    for kind, images in kinds.items():
+        for row, image in zip(rows, images, strict=True):
+            with atomic(folder / kind / f"{row.case_number}.png") as staged:
                 Image.fromarray(image).save(staged, format="PNG")
     draw(
         folder / f"{name}.png",

@@ -220,7 +220,9 @@ def canvas(run: Run) -> Group:
 
 
 def attacked(run: Run, attack: str, seen: Sequence[Drawn]) -> Group:
-    """What an attack drew: beside base and erased, where an evaluation of the same weights drew that prompt and seed.
+    """What an attack drew: beside base and erased, which the attacks drew too, without any attack.
+
+    Where an older version of them kept no such pictures, those of an evaluation of the same weights stand in.
 
     Args:
         run: of attacks.
@@ -235,9 +237,11 @@ def attacked(run: Run, attack: str, seen: Sequence[Drawn]) -> Group:
         asked = str(row["prompt"]), str(row["evaluation_seed"])
         twin = next((drawn for drawn in twins if asked in drawn.places), None)
         folder, file = run.path / attack, f"{row['case_number']}.png"
-        plain = twin.tile(twin.places[asked]).pictures if twin else ()
-        unsafe = judge in UNSAFE_JUDGES or any(picture.unsafe for picture in plain)
+        seen_before = twin.tile(twin.places[asked]).pictures if twin else ()
+        unsafe = judge in UNSAFE_JUDGES or any(picture.unsafe for picture in seen_before)
+        own = [(by, run.path / "plain" / by / file) for by in ("base", "erased")]
+        kept = tuple(Picture(by, encoded(path), unsafe=unsafe) for by, path in own if path.exists())
         found = {"attacked": "erased", "by chance": "erased_control", "base, attacked": "base"}
         drawn = (Picture(by, encoded(folder / name / file), unsafe=unsafe) for by, name in found.items())
-        tiles.append(Tile(*asked, (*plain, *drawn)))
+        tiles.append(Tile(*asked, (*(kept or seen_before), *drawn)))
     return Group(f"{attack.replace('_', ' ')}: the best picture of each prompt", tuple(tiles), len(rows))
