@@ -185,7 +185,7 @@ class Canvas:
         names = {domain: list(found) for domain, found in counts["base"].items()}
         likeness = {domain: retention.similarities(self.family, found) for domain, found in names.items()}
         erasures: list[dict[str, Any]] = []
-        before = self.known() & {(target.domain, target.name) for target in targets}
+        before = self.told_before() & {(target.domain, target.name) for target in targets}
         for number, target in enumerate(targets, 1):
             print(f"{number} of {len(targets)}: {target.name}", flush=True)
             folder = self.folder(target)
@@ -201,7 +201,7 @@ class Canvas:
         print(f"results are in {self.run.path}: metrics.json, canvas.csv, images.csv")
         return 0
 
-    def known(self) -> set[tuple[str, str]]:
+    def told_before(self) -> set[tuple[str, str]]:
         """(domain, name) of the erasures that metrics.json tells of."""
         try:
             told = json.loads((self.run / "metrics.json").read_text(encoding="utf-8"))
@@ -342,8 +342,8 @@ class Canvas:
         for domain, mean in means.items():
             print(f"{domain}s, mean of {len(by_domain[domain])} erasures:", flush=True)
             for name, told in mean.items():
-                own = span(told["rate"], told["interval"], told["erasures"])
-                share = span(told["of_base"], told["of_base_interval"], told["of_base_erasures"])
+                own = spanned(told["rate"], told["interval"], told["erasures"])
+                share = spanned(told["of_base"], told["of_base_interval"], told["of_base_erasures"])
                 print(f"    {name:<4}{own}, of the base's {share}", flush=True)
 
     def write_lines(self, erasures: list[dict[str, Any]]) -> None:
@@ -372,11 +372,11 @@ class Canvas:
             writer.writerows(lines)
 
 
-def span(value: float | None, interval: Sequence[float] | None, n: int) -> str:
+def spanned(value: float | None, interval: Sequence[float] | None, n: int) -> str:
     """A mean with its interval and the number of erasures behind it, as it is printed."""
-    if value is None or interval is None:
-        return "unknown"
-    return f"{value:.1%} (95%: {interval[0]:.1%} to {interval[1]:.1%}, n={n})"
+    from esd.evaluation.words import span
+
+    return "unknown" if value is None or interval is None else f"{value:.1%} {span(interval, n)}"
 
 
 FIELDS = {"": "rate", "_n": "n", "_base": "base", "_n_base": "n_base", "_of_base": "of_base"}

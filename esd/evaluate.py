@@ -311,6 +311,7 @@ def denoiser(config: EvaluateConfig, drawn: Drawn) -> dict[str, Any]:
 def tell(metrics: dict[str, Any]) -> None:
     """Prints the rates, base beside erased; warns of images that could not be read."""
     from esd.evaluation import table
+    from esd.evaluation.words import span
 
     for model, lost in table.lost(metrics["images"]).items():
         announce_lost(model, lost)
@@ -319,21 +320,16 @@ def tell(metrics: dict[str, Any]) -> None:
             for question, rate in questions.items():
                 if rate["n"]:
                     what = "as asked" if rate["of"] == "label" else rate["of"]
-                    print(f"{model:<14} {question} {rate['rate']:.1%} {what}  {span(rate)}  {judge}")
+                    trust = span(rate["interval"], rate["n"])
+                    print(f"{model:<14} {question} {rate['rate']:.1%} {what}  {trust}  {judge}")
     for name, rate in [*(metrics.get("erasure") or {}).items(), *metrics.get("ways", {}).items()]:
         if isinstance(rate, dict) and rate["n"]:
-            print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate)}")
+            print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate['interval'], rate['n'])}")
     for what, reason in {"rates of what was erased": "reason", "FID and KID": "distances_reason"}.items():
         if told := metrics.get(reason):
             print(f"no {what}: {told}")
     if metrics["checkpoint"] and metrics["denoiser_reason"]:
         print(f"denoiser not looked into: {metrics['denoiser_reason']}")
-
-
-def span(rate: dict[str, Any]) -> str:
-    """A rate's interval and number, as it is printed."""
-    low, high = rate["interval"]
-    return f"(95%: {low:.1%} to {high:.1%}, n={rate['n']})"
 
 
 if __name__ == "__main__":

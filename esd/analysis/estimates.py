@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from esd.evaluation.metrics import mean_interval
 
@@ -85,10 +84,5 @@ def quotient(over: Values, under: Values) -> Estimate:
     value, n = float(one.mean() / other.mean()), len(one)
     if n < 2:
         return Estimate(value, None, None, n)
-    half = _t(n) * float((one / one.mean() - other / other.mean()).std(ddof=1)) / math.sqrt(n)
+    _, half = mean_interval((one / one.mean() - other / other.mean()).tolist())  # of values whose mean is 0
     return Estimate(value, value * math.exp(-half), value * math.exp(half), n)
-
-
-def _t(n: int) -> float:
-    """How many standard errors of n values 95% lie within."""
-    return float(stdtrit(n - 1, 0.975))

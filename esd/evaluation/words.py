@@ -30,6 +30,16 @@ def percent(rate: float) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text) + "%"
 
 
+def span(interval: Sequence[float], n: int) -> str:
+    """A rate's 95% interval and the number behind it, as programs print it.
+
+    >>> span((0.0, 0.114), 30)
+    '(95%: 0.0% to 11.4%, n=30)'
+    """
+    low, high = interval
+    return f"(95%: {low:.1%} to {high:.1%}, n={n})"
+
+
 def points(drop: float) -> str:
     """A drop of a rate in points, a fall written as one.
 

@@ -237,19 +237,13 @@ class AttentionEdit(AttentionOp):
             return
         rows, source = sampling.taking(self)
         for row in rows:
-            if source is not None:
-                self._aligned(sampling.family, sampling.prompt(source), sampling.prompt(row))
+            own, other = sampling.prompt(row), sampling.prompt(row if source is None else source)
+            known = self._aligned(sampling.family, other, own).known
             for word in self.word_steps:
-                at = positions_of(sampling.family, sampling.prompt(row), word)
-                if (
-                    source is not None
-                    and not self._aligned(sampling.family, sampling.prompt(source), sampling.prompt(row))
-                    .known[at]
-                    .any()
-                ):
+                if not known[positions_of(sampling.family, own, word)].any():
                     raise UserError(
-                        f"AttentionEdit: word_steps[{word!r}] changes nothing, for nothing in "
-                        f"{sampling.prompt(source)!r} stands for it; leave it out"
+                        f"AttentionEdit: word_steps[{word!r}] changes nothing, for nothing in {other!r} stands for it; "
+                        "leave it out"
                     )
 
     def renew(self) -> None:

@@ -230,8 +230,8 @@ def attached(denoiser: nn.Module) -> bool:
 def refuse_unhookable(denoiser: nn.Module) -> None:
     """Raises UserError where hooks on a denoiser would not be called, or not at every step."""
     name = type(denoiser).__name__
-    held = [name for module in denoiser.modules() for name in getattr(module, "_diffusers_hook", _NONE).hooks]
-    kept = ["enable_cache"] if getattr(denoiser, "is_cache_enabled", False) else [n for n in held if _CACHE.search(n)]
+    held = [hook for module in denoiser.modules() for hook in getattr(module, "_diffusers_hook", _NONE).hooks]
+    kept = ["enable_cache"] if getattr(denoiser, "is_cache_enabled", False) else list(filter(_CACHE.search, held))
     if kept:
         raise UserError(
             f"{name} keeps results of earlier steps ({kept[0]}), so that interventions would miss calls; call "
