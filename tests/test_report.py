@@ -246,6 +246,20 @@ def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Co
     assert [one["alt"].partition(":")[0] for one in made.all("img")] == ["base", "cat erased"]
 
 
+def test_a_canvas_of_which_pictures_are_lost_tells_what_it_can(command: Command) -> None:
+    folder = finished.grid(command.folder / "canvas")
+    told = json.loads((folder / "metrics.json").read_text())
+    nothing = {"rate": None, "n": 0, "interval": None, "base": None, "of_base": None, "of_base_interval": None}
+    for one in (told["erasures"][0], told["means"]["thing"]):
+        one["IRA"] = one["IRA"] | nothing
+    (folder / "metrics.json").write_text(json.dumps(told))
+    assert "Erased in turn, esd_u takes away 100% of things." in page(command, "canvas").words
+    for one in (told["erasures"][0], told["means"]["thing"]):
+        one["UA"] = one["UA"] | nothing
+    (folder / "metrics.json").write_text(json.dumps(told))
+    assert "Erased in turn, esd_u: no picture could be read." in page(command, "canvas").words
+
+
 def test_what_the_denoiser_foretells_is_told_over_all_erasures(command: Command) -> None:
     for name, base in (("one", 0.1), ("two", 0.5)):
         folder = finished.grid(command.folder / name)

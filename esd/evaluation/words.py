@@ -119,9 +119,14 @@ def headline(runs: Sequence[Run], chosen: Sequence[Trial] = ()) -> str:
 def _canvas(run: Run) -> str:
     """A canvas in a sentence."""
     means, method = run.results["means"], run.results["method"]["name"]
-    gone = " and ".join(f"{percent(mean['UA']['rate'])} of {domain}s" for domain, mean in means.items())
-    kept = " and ".join(percent(mean["IRA"]["rate"]) for mean in means.values())
-    return f"Erased in turn, {method} takes away {gone}, and leaves {kept} of their kind."
+    gone, kept = (
+        {domain: rate for domain, mean in means.items() if (rate := mean[name]["rate"]) is not None}
+        for name in ("UA", "IRA")
+    )
+    if not gone:
+        return f"Erased in turn, {method}: no picture could be read."
+    told = f"Erased in turn, {method} takes away " + " and ".join(f"{percent(gone[one])} of {one}s" for one in gone)
+    return told + (f", and leaves {' and '.join(map(percent, kept.values()))} of their kind." if kept else ".")
 
 
 def judged(runs: Sequence[Run]) -> list[Run]:
