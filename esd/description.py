@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from esd import float8, lora
 from esd.errors import UserError
 from esd.families import Family
+from esd.learner import check_optimizer, point_sources
 from esd.lora import Lora
 from esd.plan import TrainPlan
 from esd.sources import Bank, Source
-from esd.trainer import check_optimizer, point_sources
 
 
 def describe(family: Family, plan: TrainPlan, num_processes: int = 1, *, drawn: tuple[int, float] | None = None) -> str:

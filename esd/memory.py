@@ -35,9 +35,9 @@ from torch.utils._pytree import tree_leaves
 
 from esd import float8, objectives
 from esd.families import Conditioning, Family
+from esd.learner import LEAST_8BIT, make_views, point_sources
 from esd.plan import TrainPlan
 from esd.sources import Source
-from esd.trainer import LEAST_8BIT, make_views, point_sources
 from esd.trajectory import times
 from esd.weights import Views
 

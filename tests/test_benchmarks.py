@@ -15,9 +15,9 @@ import torch
 
 from esd.errors import UserError
 from esd.families import Family
+from esd.learner import loss_terms
 from esd.objectives import Objective
 from esd.sources import Conditions, Points
-from esd.trainer import loss_terms
 from esd.trajectory import rollout
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import esd
-from esd import checkpoint, seeding, trainer
+from esd import checkpoint, learner, seeding, trainer
 from esd.description import describe
 from esd.errors import UserError
 from esd.families import Family, family_of, load_pipeline
@@ -123,11 +123,11 @@ def test_an_attribute_is_pushed_off_the_concept_it_is_erased_from(name: str) -> 
     plan = dataclasses.replace(
         alone, prompts=("mosaic style",), erase_from=("a cat",), objective=Objective(anchor="erase_from", eta=eta)
     )
-    erasing, other = (trainer.point_sources(family, p, None, family.denoiser, 1)[0] for p in (plan, alone))
+    erasing, other = (learner.point_sources(family, p, None, family.denoiser, 1)[0] for p in (plan, alone))
     points = erasing.points(0, range(6))
     assert torch.equal(points.x, other.points(0, range(6)).x)
     with torch.no_grad():
-        loss = trainer.loss_terms(family, plan.objective, family.denoiser, points, erasing, None, None)[0]
+        loss = learner.loss_terms(family, plan.objective, family.denoiser, points, erasing, None, None)[0]
         concept, null = (
             family.predict(family.denoiser, points.x, points.t, cond[[0] * 6])
             for cond in (family.encode(["mosaic style"]), family.null())

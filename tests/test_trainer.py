@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from esd import checkpoint, trainer
+from esd import checkpoint, learner, trainer
 from esd.description import describe
 from esd.errors import UserError
 from esd.families import Family, family_of
@@ -263,18 +263,18 @@ def test_processes_and_passes_share_out_the_samples_of_an_update(processes: int,
         i
         for micro in range(accumulation)
         for process in range(processes)
-        for i in trainer.sample_indices(asked, micro, process, processes)
+        for i in learner.sample_indices(asked, micro, process, processes)
     ]
     assert sorted(taken) == list(range(processes * accumulation * batch))
 
 
 def test_the_learning_rate_rises_then_follows_its_schedule() -> None:
     rates = [
-        trainer.learning_rate(plan(updates=10, warmup=2, lr=3.0, lr_schedule="linear"), step) for step in range(10)
+        learner.learning_rate(plan(updates=10, warmup=2, lr=3.0, lr_schedule="linear"), step) for step in range(10)
     ]
     assert rates[:3] == [1.0, 2.0, 3.0]
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] > 0
-    assert trainer.learning_rate(plan(lr=3.0), 3) == 3.0
+    assert learner.learning_rate(plan(lr=3.0), 3) == 3.0
 
 
 @pytest.mark.parametrize("updates", [1, 6], ids=["in the last update", "before"])

@@ -19,7 +19,7 @@ import torch
 from diffusers import PNDMScheduler
 from torch import Tensor
 
-from esd import objectives, seeding, trainer
+from esd import learner, objectives, seeding
 from esd.config.train import TrainConfig
 from esd.families import family_of
 from esd.train import make_plan
@@ -115,7 +115,7 @@ def test_points_and_targets_are_those_of_the_published_formula(experiment: str, 
     with torch.no_grad():
         for number, parameter in enumerate(views.parameters()):
             parameter.add_(0.05 * seeding.normal([seeding.generator(SEED, "moved", number)], parameter.shape)[0])
-    erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
+    erasing, _ = learner.point_sources(family, plan, views.student, views.teacher, 1)
     teacher, student = predictor(pipe, base), predictor(pipe, pipe.unet)
 
     for step in range(8):
@@ -149,7 +149,7 @@ def test_sdxl_points_are_the_stock_pipelines_own_latents_and_targets_start_from_
     config.check()
     family, plan = family_of(pipe), make_plan(config, None)
     views = WeightViews(family.denoiser, family.select(plan.selection).names)
-    erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
+    erasing, _ = learner.point_sources(family, plan, views.student, views.teacher, 1)
     states, _, pooled, _ = pipe.encode_prompt([drawn, "cat", ""], device="cpu", do_classifier_free_guidance=False)
     ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 3)  # a whole picture of its own size
     met = set()
@@ -240,7 +240,7 @@ def test_flux_points_lie_on_the_stock_pipelines_path_and_targets_start_from_what
     family.max_tokens = tiny.TOKENS
     plan = make_plan(config, None)
     views = WeightViews(family.denoiser, family.select(plan.selection).names)
-    erasing, _ = trainer.point_sources(family, plan, views.student, views.teacher, 1)
+    erasing, _ = learner.point_sources(family, plan, views.student, views.teacher, 1)
     met = set()
     for step in range(5):
         points = erasing.points(step, [0])

@@ -38,7 +38,7 @@ class ObjectiveConfig:
 
 @dataclass
 class PreserveConfig:
-    """What must stay; see `esd.trainer`."""
+    """What must stay; see `esd.learner`."""
 
     prompts: list[str] = option(
         [],
@@ -241,7 +241,7 @@ def check_staleness(trajectory: TrajectoryConfig) -> None:
 def check_unused(trajectory: TrajectoryConfig, preserve: PreserveConfig) -> None:
     """Raises UserError where what was set is read by nothing; the defaults pass, and so does a reuse of once.
 
-    Of `trajectory.negative` and a model without classifier-free guidance `esd.trainer.point_sources` knows.
+    Of `trajectory.negative` and a model without classifier-free guidance `esd.learner.point_sources` knows.
     """
     if trajectory.rollouts == 0 and trajectory.reuse not in (1, TrajectoryConfig.reuse):
         raise UserError(

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from esd import trainer
+from esd import learner, trainer
 from esd.checkpoint import FILE_NAME, apply
 from esd.config.common import ModelConfig
 from esd.config.train import TrainConfig
@@ -213,7 +213,7 @@ def timed(do: Callable[[], Any], device: str) -> float:
 def lifetime(family: Family, work: Work, variant: Variant, least: int) -> int:
     """Updates in which points are drawn and used up, as often as it takes to make `least` updates."""
     plan = plan_of(work, variant, 1, 0)
-    one = trainer.point_sources(family, plan, None, None, 1)[0].updates_per_build
+    one = learner.point_sources(family, plan, None, None, 1)[0].updates_per_build
     return one * -(-least // one)
 
 
