@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("trajectory", "sources", "checkpoint", "storage", "progress", "interventions"),
     3: ("plan", "trainer", "learner", "resuming", "description", "memory", "evaluation", "analysis"),
     4: (
-        *("config", "run", "model", "main", "drawing", "judging"),
+        *("config", "run", "model", "main", "launch", "drawing", "judging"),
         *("train", "generate", "evaluate", "analyze", "canvas", "attacks", "report", "compare", "files", "cli"),
     ),
 }

@@ -9,8 +9,9 @@ import pytest
 
 from esd import memory
 from esd.config.train import TrainConfig
+from esd.launch import mixed_precision
 from esd.memory import GB, RESERVE, Memory
-from esd.train import make_plan, mixed_precision
+from esd.train import make_plan
 from tests import published
 from tests.programs import composed
 
