@@ -148,6 +148,21 @@ def test_only_what_is_swept_names_the_jobs_of_a_sweep(command: Command) -> None:
     assert "runs/cat/0_objective.eta_1;" in ended.out and "runs/cat/1_objective.eta_2.0;" in ended.out
 
 
+def test_the_jobs_of_a_sweep_draw_the_base_once_unless_it_would_draw_something_else(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["evaluation.num_steps=3", "objective.eta=1,2"]
+    ended = train(command, "--multirun", *asked, "selection=mid")
+    assert ended.out.count("images with the base") == 1 and ended.out.count("images with the erased model") == 2
+    ended = train(command, "--multirun", *asked, "selection=mid", "model.path=other,base", "run_dir=runs/several")
+    assert ended.out.count("images with the base") == 2, "the other, then this one again; of neither twice"
+    monkeypatch.setattr("esd.evaluation.erasure._base_images", {})
+    alone = train(command, "evaluation.num_steps=3", "objective.eta=2", "selection=mid", "run_dir=runs/alone")
+    assert alone.out.count("images with the base") == 1
+    shared, drawn = (command.folder / f"runs/{name}/preview.png" for name in ("cat/1_objective.eta_2", "alone"))
+    assert shared.read_bytes() == drawn.read_bytes()
+
+
 def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_code(command: Command) -> None:
     ended = train(command, "--multirun", "objective.eta=-1,2")
     assert ended.code == 2 and ended.err.splitlines()[0].startswith("error: objective.eta=-1")

@@ -26,7 +26,7 @@ from torch import nn
 
 from esd.checkpoint import fingerprint
 from esd.errors import UserError
-from esd.evaluation.identity import digest, settings_hash, weights_hash
+from esd.evaluation.identity import digest, pipeline_hashes
 from esd.evaluation.prompts import PromptRow
 from esd.families import Family
 from esd.storage import atomic, write_json
@@ -134,21 +134,17 @@ class Share:
 def base_of(family: Family) -> dict[str, str | None]:
     """What identifies a base and its images: a name, a commit on the hub, and hashes.
 
-    "fingerprint" is of 32 values of each parameter, as programs that only compare runs know it; "weights" and
-    "settings" are those of `esd.evaluation.identity`, which see more: one row of an embedding, a configuration, a
-    tokenizer.
+    "fingerprint" is of 32 values of each parameter, as programs that only compare runs know it; the hashes of
+    `esd.evaluation.identity` see more: one row of an embedding, a configuration, a tokenizer.
     """
     pipe = family.pipe
     parts = {name: part for name, part in sorted(pipe.components.items()) if isinstance(part, nn.Module)}
     values = {name: fingerprint(dict(part.named_parameters())) for name, part in parts.items()}
-    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     return {
         "name": family.base_name,
         "revision": family.base_revision,
         "fingerprint": digest(values),
-        "scheduler": f"{type(pipe.scheduler).__name__} {digest(settings)[:12]}",
-        "weights": weights_hash(parts),
-        "settings": settings_hash(pipe),
+        **pipeline_hashes(pipe),
     }
 
 

@@ -25,6 +25,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def pipeline_hashes(pipe: Any) -> dict[str, str]:
+    """What a pipeline that draws others differs in: its "scheduler", which is named too, "weights" or "settings"."""
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {
+        "scheduler": f"{type(pipe.scheduler).__name__} {digest(scheduler)[:12]}",
+        "weights": weights_hash({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}),
+        "settings": settings_hash(pipe),
+    }
+
+
 def weights_hash(parts: Mapping[str, nn.Module]) -> str:
     """sha256 of names, precisions, shapes and values of all parameters and buffers that are saved, in their precision.
 
