@@ -17,7 +17,8 @@ from esd.errors import UserError
 from esd.main import tell
 
 if TYPE_CHECKING:
-    from esd.evaluation.runs import Rate, Run
+    from esd.evaluation.rates import Rate
+    from esd.evaluation.runs import Run
     from esd.evaluation.sweep import Trial
 
 EXIT_GATE = 3
@@ -122,7 +123,7 @@ def check(run: Run, bounds: Sequence[str]) -> None:
 
 def misses(run: Run, min_ua: float | None, max_drop: float | None) -> list[str]:
     """The bounds that a run misses, each in a line; rates count, not the ends of their intervals."""
-    from esd.evaluation.runs import GOES
+    from esd.evaluation.rates import GOES
     from esd.evaluation.words import percent, title
 
     found = []
@@ -174,7 +175,7 @@ def table(runs: Sequence[Run], tried: Sequence[Trial]) -> str:
         runs: with a rate of the target.
         tried: the same, those that differ in the seed alone as one trial.
     """
-    from esd.evaluation.runs import TITLES
+    from esd.evaluation.rates import TITLES
     from esd.evaluation.words import title
 
     measures = [name for name in TITLES if any(name in run.rates for run in runs)]

@@ -5,41 +5,29 @@
     train   the student's forward and backward pass, and Adam's step
     draw    the stock pipeline, its parts one after the other
 
-Parts that stay are counted from the model's own tensors. What comes and goes is not estimated from formulas: the
-denoiser is built once more out of *fake* tensors, which have shapes and no values, one update is run on it by the same
-code that trains, and every storage is counted from when it is made till it is freed. So activations, what gradient
-checkpointing spares, copies that autocast makes and gradients are all in the figure, for any model and selection.
+Parts that stay are counted from the model's own tensors, and what comes and goes by running one update without values
+(`esd.activations`).
 
 Not counted: what the kernels of a card use besides their results, the gaps that its allocator leaves, its context
-(`RESERVE` stands for these), and the activations of a text encoder, which reads one prompt at a time. Norms under
-CUDA's autocast are float32, here they are not.
-
-Source: ours; counting storages under fake tensors is how torch.distributed._tools.mem_tracker does it.
+(`RESERVE` stands for these), and the activations of a text encoder, which reads one prompt at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from esd import float8, objectives
+from esd import activations, float8
 from esd.families import Conditioning, Family
-from esd.learner import LEAST_8BIT, make_views, point_sources
+from esd.learner import LEAST_8BIT, point_sources
 from esd.plan import TrainPlan
 from esd.sources import Source
 from esd.trajectory import times
-from esd.weights import Views
 
 GB = 2**30  # as cards are sold
 RESERVE = 1.0  # GB of a card that are not a run's to fill
@@ -125,13 +113,13 @@ def measure(
     erasing, preserving = point_sources(family, plan, student, teacher, processes, stand_in=blank)
     sources = [source for source in (erasing, preserving) if source]
     sampled = max(source.most_rows(plan.batch_size) for source in sources)
-    with _stand_in(family, plan, names, cond, mixed_precision) as model:
+    with activations.stand_in(family, plan, names, cond, mixed_precision) as model:
         parameters = model.views.parameters()
         trained = sum(map(_size, parameters))
         copies = 0 if plan.lora else sum(_size(tensor) for tensor in model.views.base.values())
         passing = model.passing(sampled, latents)
         learning = model.learning(plan, latents) - trained
-    drawing = _drawing(family, plan, names, cond, images * (2 if guided else 1)) if images else 0
+    drawing = activations.drawing(family, plan, names, cond, images * (2 if guided else 1)) if images else 0
     denoiser, gradients = weights(family.denoiser), trained
     # pictures are of erased weights, which float8 would round away: those selected are drawn with as they are
     frozen, drawn = float8.spared(family.denoiser), float8.spared(family.denoiser, but=names)
@@ -206,13 +194,11 @@ def _mends(
     return tuple(mend for helps, mend in offers if helps)
 
 
-def _largest_part(family: Family, denoiser: int, activations: int, images: int) -> dict[str, int]:
+def _largest_part(family: Family, denoiser: int, made: int, images: int) -> dict[str, int]:
     """The part of the stock pipeline that takes most while it works, with what it makes."""
-    decoding = {"VAE": sum(map(weights, family.modules("vae"))), "activations": decoder(family, images)}
+    decoding = {"VAE": sum(map(weights, family.modules("vae"))), "activations": activations.decoder(family, images)}
     encoding = {"text encoder": max(map(weights, family.modules("encoders")))}
-    return max(
-        ({"denoiser": denoiser, "activations": activations}, decoding, encoding), key=lambda part: sum(part.values())
-    )
+    return max(({"denoiser": denoiser, "activations": made}, decoding, encoding), key=lambda part: sum(part.values()))
 
 
 def weights(module: nn.Module) -> int:
@@ -255,147 +241,6 @@ def points(family: Family, plan: TrainPlan, cond: Conditioning, sources: Sequenc
     asked = max(len(source.missing) for source in sources)
     making = max(last, part * visits * max(8, 6 + 3 * asked if asked else 0) * one)
     return encoded + kept, encoded * (2 if asked else 1) + kept + making
-
-
-class Counter(TorchDispatchMode):
-    """Counts the bytes of all storages that are made in a `with` block, from when they are made till they are freed.
-
-    Attributes:
-        now: bytes there are.
-        peak: the most there were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Never counts what holds these tensors: they were there before."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()] = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self._known:
-                self._known[storage] = None
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage.nbytes())
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """A denoiser of fake tensors as student and teacher, ready to be called as the real one is."""
-
-    family: Family
-    views: Views
-    cond: Conditioning
-    autocast: Callable[[], Any]
-
-    def passing(self, rows: int, latents: Sequence[int]) -> int:
-        """The most bytes that a call of so many rows makes, without gradients."""
-        with self._counting() as counter, torch.no_grad():
-            self._predict(rows, latents)
-        return counter.peak
-
-    def learning(self, plan: TrainPlan, latents: Sequence[int]) -> int:
-        """The most bytes that a forward and a backward pass of one micro-batch make, gradients included."""
-        rows = plan.batch_size * (2 if plan.preserve else 1)
-        with self._counting() as counter:
-            if plan.gradient_accumulation > 1:  # those of the pass before are there
-                for parameter in self.views.parameters():
-                    parameter.grad = torch.empty_like(parameter)
-            prediction = self._predict(rows, latents)
-            objectives.loss(prediction, torch.empty_like(prediction), None).sum().backward()
-        return counter.peak
-
-    def _predict(self, rows: int, latents: Sequence[int]) -> Tensor:
-        x, t = torch.empty(rows, *latents), torch.empty(rows)
-        with self.autocast():
-            return self.family.predict(self.views.student, x, t, self.cond[[0] * rows])
-
-    @contextmanager
-    def _counting(self) -> Iterator[Counter]:
-        counter = Counter()
-        there = [*self.views.student.parameters(), *self.views.student.buffers()]
-        counter.ignore([*there, *self.cond.tensors.values()])
-        with counter:
-            yield counter
-
-
-@contextmanager
-def _stand_in(
-    family: Family, plan: TrainPlan, names: Sequence[str], cond: Conditioning, mixed_precision: str
-) -> Iterator[StandIn]:
-    """The family's denoiser out of fake tensors, as the plan trains it; they are fake only inside the block."""
-    precision = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-    student = _twin(family.denoiser, family.dtype)
-    with float8.stored(student) if plan.frozen else nullcontext():
-        views = make_views(student, names, plan)
-        if plan.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        with FakeTensorMode():
-            _make_fake(student)
-            told = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in cond.tensors.items()}
-            yield StandIn(
-                family,
-                views,
-                Conditioning(told),
-                lambda: torch.autocast("cpu", precision, enabled=mixed_precision != "no"),
-            )
-
-
-def _drawing(family: Family, plan: TrainPlan, names: Sequence[str], cond: Conditioning, rows: int) -> int:
-    """The most bytes that a call of the stock pipeline's denoiser makes: without autocast, an adapter merged."""
-    denoiser = _twin(family.denoiser, family.dtype)
-    with float8.stored(denoiser, but=names) if plan.frozen else nullcontext(), FakeTensorMode():
-        _make_fake(denoiser)
-        told = Conditioning({name: torch.empty(rows, *t.shape[1:], dtype=t.dtype) for name, t in cond.tensors.items()})
-        x, t = torch.empty(rows, *family.latent_shape()), torch.empty(rows)
-        counter = Counter()
-        counter.ignore([*denoiser.parameters(), *denoiser.buffers()])
-        with counter, torch.no_grad():
-            family.predict(denoiser, x, t, told)
-    return counter.peak
-
-
-def decoder(family: Family, images: int) -> int:
-    """The most bytes that decoding so many pictures makes."""
-    (real,) = family.modules("vae")
-    vae = _twin(real, family.dtype)
-    with FakeTensorMode():
-        _make_fake(vae)
-        latents = torch.empty(images, *family.decoded_shape(), dtype=family.dtype)
-        counter = Counter()
-        counter.ignore([*vae.parameters(), *vae.buffers()])
-        with counter, torch.no_grad():
-            vae.decode(latents, return_dict=False)
-    return counter.peak
-
-
-def _twin(module: Any, dtype: torch.dtype) -> Any:
-    """A module as this one is configured, on the meta device, its parameters in another precision."""
-    with torch.device("meta"):
-        twin = type(module).from_config(module.config)
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return twin
-
-
-def _make_fake(module: nn.Module) -> None:
-    """Puts fake tensors of the CPU in place of those on the meta device, whose attention would be another."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(part, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def amount(size: int) -> str:

@@ -21,7 +21,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "objectives", "seeding", "selection"),
     1: ("families", "weights", "lora", "float8"),
     2: ("trajectory", "sources", "checkpoint", "storage", "progress", "interventions"),
-    3: ("plan", "trainer", "learner", "resuming", "description", "memory", "evaluation", "analysis"),
+    3: ("plan", "trainer", "learner", "resuming", "description", "memory", "activations", "evaluation", "analysis"),
     4: (
         *("config", "run", "model", "main", "launch", "drawing", "judging"),
         *("train", "generate", "evaluate", "analyze", "canvas", "attacks", "report", "compare", "files", "cli"),

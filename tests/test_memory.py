@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from esd import memory, trainer
+from esd.activations import Counter
 from esd.families import family_of, load_pipeline
 from esd.float8 import linears
 from esd.lora import Lora
-from esd.memory import Counter, Memory, Phase
+from esd.memory import Memory, Phase
 from esd.plan import TrainPlan
 from tests import tiny
 from tests.plans import PLAN, SAMPLING

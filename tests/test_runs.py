@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from esd.errors import UserError
-from esd.evaluation.runs import Base, Run, Sweep, differing_bases, erasures, read
+from esd.evaluation.rates import erasures
+from esd.evaluation.runs import Base, Run, Sweep, differing_bases, read
 from tests import finished
 
 

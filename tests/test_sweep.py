@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esd.evaluation.runs import Rate, Run, Sweep, read
+from esd.evaluation.rates import Rate
+from esd.evaluation.runs import Run, Sweep, read
 from esd.evaluation.sweep import (
     GONE,
     UNKEPT,

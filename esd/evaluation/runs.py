@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,74 +20,13 @@ from safetensors import SafetensorError, safe_open
 from esd.checkpoint import FILE_NAME
 from esd.errors import UserError
 from esd.evaluation import foretold, recovered, table
-from esd.evaluation.metrics import wilson
+from esd.evaluation.rates import Rate, erasures, read_rates, ways
 
 Kind = Literal["training", "evaluation", "canvas", "attacks"]
 
-TITLES = {
-    "target": "target",
-    "implied": "called otherwise",
-    "same_domain": "others of its kind",
-    "cross_domain": "the other kind",
-    "target_style": "style on target prompts",
-    "target_thing": "thing on target prompts",
-    "elsewhere": "the concept elsewhere",
-    "elsewhere_thing": "the thing elsewhere",
-    "elsewhere_style": "the style elsewhere",
-}
-WAYS = {
-    "named": "by its name",
-    "paraphrases": "in another phrasing",
-    "synonyms": "by a synonym",
-    "hypernyms": "by its kind: it",
-    "hypernyms_kind": "by its kind: any of it",
-    "scenes": "beside another thing: it",
-    "scenes_other": "beside another thing: the other",
-}
-GOES = ("target", "implied", "named", "paraphrases", "synonyms", "hypernyms", "scenes")  # all others should stay
-RETAINED = ("same_domain", "cross_domain")  # of prompts that name nothing erased: only these tell of the rest
 RESULTS = {kind: "summary.json" if kind == "training" else "metrics.json" for kind in get_args(Kind)}
 SUITES: dict[Any, Kind] = {"emoji_canvas": "canvas", "attacks": "attacks"}  # all others are evaluations
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Of n pictures by the base and n by the erased model, those that show what is asked about."""
-
-    shown_before: int
-    shown_after: int
-    n: int
-
-    @property
-    def before(self) -> float:
-        """The base's rate."""
-        return self.shown_before / self.n
-
-    @property
-    def after(self) -> float:
-        """The erased model's rate."""
-        return self.shown_after / self.n
-
-    @property
-    def drop(self) -> float:
-        """How far the rate fell: 0.1 is ten points; negative where it rose."""
-        return (self.shown_before - self.shown_after) / self.n
-
-    @property
-    def erased(self) -> float:
-        """The share of the erased model's pictures that do not show it; of the target this is UA."""
-        return (self.n - self.shown_after) / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of `after`, 95%."""
-        return wilson(self.shown_after, self.n)
-
-    @property
-    def interval_before(self) -> tuple[float, float]:
-        """Of `before`, 95%."""
-        return wilson(self.shown_before, self.n)
 
 
 @dataclass(frozen=True)
@@ -309,7 +248,7 @@ def _training(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any
     return {
         "concepts": tuple(map(str, settings["concepts"])),
         "base": base,
-        "rates": _rates(results),
+        "rates": read_rates(results),
         "reason": str(results.get("reason") or ""),
         "notes": tuple(notes),
     }
@@ -319,7 +258,7 @@ def _evaluation(path: Path, settings: Mapping[str, Any], results: Mapping[str, A
     """What an evaluation says of its checkpoint's concepts, its base and its rates."""
     if not isinstance(results["judges"], dict) or not isinstance(results["rates"], dict):
         raise TypeError("judges and rates are no tables")
-    rates = _rates(results.get("erasure") or {})
+    rates = read_rates(results.get("erasure") or {})
     ways(results)  # whether they can be told is found out here
     reason = results.get("reason") if results["checkpoint"] else "only the base was measured"
     return _measured(results) | {"rates": rates, "reason": str(reason or "")}
@@ -346,28 +285,6 @@ def erased_in_turn(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
     return [told for run in runs if run.kind == "canvas" for told in run.results["erasures"]]
 
 
-def erasures(results: Mapping[str, Any]) -> dict[str, dict[str, Rate]]:
-    """The rates of each erasure of a canvas, by name: of the target, of its kind and of the other kind."""
-    scores = {"target": "UA", "same_domain": "IRA", "cross_domain": "CRA"}
-    return {
-        told["name"]: {
-            name: _scored(told[score], gone=score == "UA")
-            for name, score in scores.items()
-            if told[score]["rate"] is not None
-        }
-        for told in results["erasures"]
-    }
-
-
-def _scored(score: Mapping[str, Any], *, gone: bool) -> Rate:
-    """A score as counts of pictures that show something; UA, which is `gone`, is the share of those that do not."""
-    rates = [float(score[side]) for side in ("base", "rate")]
-    if not all(0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"{rates} are no rates")
-    before, after = (round((1 - rate if gone else rate) * score["n"]) for rate in rates)
-    return Rate(before, after, score["n"])
-
-
 def _attacks(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What attacks say of the concepts and the base under attack; their curves are read by `recovered`."""
     done, asked = recovered.curves(results), settings.get("suite", {}).get("attacks", ())
@@ -386,23 +303,6 @@ def _base(told: Mapping[str, Any]) -> Base:
     """A base as manifests name it."""
     prints = {"pipeline": told["fingerprint"]} if told.get("fingerprint") else {}
     return Base(told["name"], told.get("revision"), prints)
-
-
-def ways(results: Mapping[str, Any]) -> dict[str, Rate]:
-    """The rates of other ways to ask for what was erased, by the names of `WAYS`, those that were measured."""
-    return _rates(results.get("ways") or {}, WAYS)
-
-
-def _rates(told: Mapping[str, Any], names: Iterable[str] = TITLES) -> dict[str, Rate]:
-    """The rates of a summary that were measured."""
-    rates = {}
-    for name in names:
-        if (rate := told.get(name)) and rate["n"]:
-            n, before, after = int(rate["n"]), rate["before"], rate["after"]
-            if not (0 <= before <= 1 and 0 <= after <= 1):
-                raise ValueError(f"{name}: {before} and {after} are no rates")
-            rates[name] = Rate(round(before * n), round(after * n), n)
-    return rates
 
 
 def differing_bases(runs: Sequence[Run]) -> list[str]:

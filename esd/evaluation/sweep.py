@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from esd.errors import UserError
-from esd.evaluation.runs import GOES, RETAINED, TITLES, Rate, Run
+from esd.evaluation.rates import GOES, RETAINED, TITLES, Rate
+from esd.evaluation.runs import Run
 from esd.evaluation.table import read_table
 from esd.storage import atomic
 

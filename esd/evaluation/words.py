@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from esd.evaluation.metrics import wilson
+from esd.evaluation.rates import TITLES, Rate
 from esd.evaluation.recovered import Curves, curves
-from esd.evaluation.runs import TITLES, Rate, Run
+from esd.evaluation.runs import Run
 from esd.evaluation.sweep import GONE, Trial, knows_the_rest, largest_drop
 
 STAYED, LITTLE = 0.03, 0.1  # the largest drop of which it is said that the rest stayed, or lost a little

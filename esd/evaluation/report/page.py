@@ -14,10 +14,11 @@ import yaml
 from esd.errors import UserError
 from esd.evaluation import words
 from esd.evaluation.foretold import Foretold, foretold_by_kind
+from esd.evaluation.rates import GOES, TITLES, WAYS, Rate, erasures, ways
 from esd.evaluation.recovered import curves
 from esd.evaluation.report import facts, pictures, plots
 from esd.evaluation.report.figures import Plot
-from esd.evaluation.runs import GOES, TITLES, WAYS, Rate, Run, Sweep, differing_bases, erased_in_turn, erasures, ways
+from esd.evaluation.runs import Run, Sweep, differing_bases, erased_in_turn
 from esd.evaluation.sweep import Trial, drawn_again, recommend, trials, unbeaten
 
 MOST_LOST = 8  # labels that are listed

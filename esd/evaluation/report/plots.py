@@ -9,10 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from esd.evaluation import words
+from esd.evaluation.rates import Rate
 from esd.evaluation.recovered import READS, RUNS, Curves, Try
 from esd.evaluation.report import figures
 from esd.evaluation.report.figures import Curve, Dot, Plot
-from esd.evaluation.runs import Rate
 from esd.evaluation.sweep import Trial, largest_drop, short
 
 LOSSES = {"loss_erase": ("erasing", "c1"), "loss_preserve": ("preserving", "c2")}
