@@ -99,25 +99,10 @@ def evaluate(
     lines, columns = preview_lines(concepts, vocabulary, preview_images, targets)
     prompts = [row.prompt for row in rows] + [prompt for line in lines for prompt in line.prompts]
     seeds = [row.evaluation_seed for row in rows] + [FIRST_SEED - 1 - i for _ in lines for i in range(len(columns))]
-
-    def images(model: str) -> np.ndarray:
-        report(f"drawing {len(prompts)} images with the {model}")
-        return sample(
-            pipe,
-            prompts,
-            seeds,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-            batch_size=settings.batch_size,
-        )
-
-    asked = digest([prompts, seeds, asdict(settings), str(pipe.device), pipeline_hashes(pipe)])
-    if asked not in _base_images:
-        _base_images.clear()
-        _base_images[asked] = images("base")
-    before = _base_images[asked]
+    before = base_images(pipe, prompts, seeds, settings, report)
     with erased(pipe, checkpoint):
-        after = images("erased model")
+        report(f"drawing {len(prompts)} images with the erased model")
+        after = sample(pipe, prompts, seeds, **asdict(settings))
     n, shape = len(rows), (len(lines), len(columns))
     pairs = np.stack([before[n:], after[n:]], axis=1).reshape(*shape, 2, *before.shape[1:])
     draw(
@@ -130,6 +115,18 @@ def evaluate(
         rates: dict[str, Any] = {name: dict(NO_RATE) for name in ("target", "same_domain", "cross_domain", "implied")}
         return rates | {"neither": None, "reason": reason}
     return erasure_rates(rows, judge(before[:n]), judge(after[:n]), targets) | {"reason": None}
+
+
+def base_images(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, report: Report
+) -> np.ndarray:
+    """What the base draws, uint8 (n, H, W, 3); kept for the next call, which may ask the same of the same base."""
+    asked = digest([prompts, seeds, asdict(settings), str(pipe.device), pipeline_hashes(pipe)])
+    if asked not in _base_images:
+        report(f"drawing {len(prompts)} images with the base")
+        _base_images.clear()
+        _base_images[asked] = sample(pipe, prompts, seeds, **asdict(settings))
+    return _base_images[asked]
 
 
 def known_targets(
