@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,9 @@ from esd.model import check, find_device, load
 from esd.run import RunDirectory
 
 if TYPE_CHECKING:
+    from torch import nn
+    from tqdm import tqdm
+
     from esd.analysis import Subject
     from esd.checkpoint import Erased
     from esd.evaluation.judges import EmojiJudge
@@ -56,13 +61,30 @@ def analyze(config: AnalyzeConfig) -> int:
 
     subject = find_subject(config, found, judge, device)
     module: Any = import_module(f"esd.analysis.{config.analysis.name}")
-    with run.claimed():
-        results = Results(run.path)
+    with run.claimed(), counted(subject.family.denoiser) as progress:
+        results = Results(run.path, report=progress.write)
         module.analyse(subject, results, **dataclasses.asdict(config.settings))
     for line in results.notes:
         announce(line)
     announce(f"results are in {results.told()}")
     return 0
+
+
+@contextmanager
+def counted(denoiser: nn.Module) -> Iterator[tqdm[Any]]:
+    """A progress bar of the rows that a denoiser evaluates, for the length of a `with` block."""
+
+    from esd.progress import bar
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        progress.update(len([*args, *kwargs.values()][0]))
+
+    with bar("denoiser", unit="row") as progress:
+        hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield progress
+        finally:
+            hook.remove()
 
 
 def find_subject(config: AnalyzeConfig, found: Erased | None, judge: EmojiJudge | None, device: str) -> Subject:

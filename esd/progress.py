@@ -1,21 +1,39 @@
 """What a long run tells while it goes, and how it hears that it should stop.
 
-`metrics.jsonl` gets a line for every update, whole even when the run is killed; a progress bar shows the
-loss and the time left. SIGTERM, which clusters send before they take a machine away, and Ctrl-C are noted and
-acted on between two updates.
+A training's `metrics.jsonl` gets a line for every update, whole even when the run is killed, and its progress bar shows
+the loss and the time left; everything else that takes long has a bar too. SIGTERM, which clusters send before they take
+a machine away, and Ctrl-C are noted and acted on between two updates.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from .storage import atomic
+
+SELDOM = 30.0  # seconds between two lines of a bar that nobody watches
+
+
+def bar(what: str, total: int | None = None, *, unit: str, leave: bool = True, shown: bool = True) -> tqdm[Any]:
+    """A progress bar with the time left; in a log, where no terminal is, a line every half minute.
+
+    Args:
+        what: goes on, which the bar begins with.
+        total: units in all; None is unknown, and the bar counts.
+        unit: of what is counted.
+        leave: whether the bar stays once all is done.
+        shown: False shows none, as in all processes but one.
+    """
+    pace = {} if sys.stderr.isatty() else {"mininterval": SELDOM, "maxinterval": SELDOM, "delay": SELDOM}
+    return tqdm(desc=what, total=total, unit=unit, leave=leave, disable=not shown, dynamic_ncols=True, **pace)
 
 
 class Log:

@@ -32,10 +32,11 @@ class Results:
 
     Args:
         folder: made where it does not exist.
+        report: gets the name of each figure once it is there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, report: Callable[[str], object] = lambda _: None) -> None:
+        self.folder, self.report = Path(folder), report
         self.captions: dict[str, str] = {}
         self.tables: list[str] = []
         self.notes: list[str] = []
@@ -102,6 +103,7 @@ class Results:
             figure.savefig(staged, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
         self.captions[name] = " ".join(caption.split())
         self._write_captions()
+        self.report(f"{name}.png")
 
     def note(self, text: str) -> None:
         """Adds a line that the program prints at its end, and captions.md holds after the figures."""

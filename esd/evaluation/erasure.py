@@ -102,7 +102,7 @@ def evaluate(
     before = base_images(pipe, prompts, seeds, settings, report)
     with erased(pipe, checkpoint):
         report(f"drawing {len(prompts)} images with the erased model")
-        after = sample(pipe, prompts, seeds, **asdict(settings))
+        after = sample(pipe, prompts, seeds, **asdict(settings), what="erased images")
     n, shape = len(rows), (len(lines), len(columns))
     pairs = np.stack([before[n:], after[n:]], axis=1).reshape(*shape, 2, *before.shape[1:])
     draw(
@@ -125,7 +125,7 @@ def base_images(
     if asked not in _base_images:
         report(f"drawing {len(prompts)} images with the base")
         _base_images.clear()
-        _base_images[asked] = sample(pipe, prompts, seeds, **asdict(settings))
+        _base_images[asked] = sample(pipe, prompts, seeds, **asdict(settings), what="base images")
     return _base_images[asked]
 
 

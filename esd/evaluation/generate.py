@@ -29,6 +29,7 @@ from esd.errors import UserError
 from esd.evaluation.identity import digest, pipeline_hashes
 from esd.evaluation.prompts import PromptRow
 from esd.families import Family
+from esd.progress import bar
 from esd.storage import atomic, write_json
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's, of a broken file
@@ -249,22 +250,26 @@ def generate(
     share.wait()
     mine = [image for image in planned.images[share.index :: share.count] if not (out_dir / image.file).exists()]
     kept = kept if planned.checkpoint is None else None
-    for batch in _batches([image for image in mine if not _found(planned, image, kept)], batch_size):
-        arrays = sample(
-            pipe,
-            [i.prompt for i in batch],
-            [i.seed for i in batch],
-            num_steps=planned.num_steps,
-            guidance_scale=batch[0].guidance,
-            batch_size=batch_size,
-            height=batch[0].height,
-            width=batch[0].width,
-        )
-        for image, array in zip(batch, arrays, strict=True):
-            with atomic(out_dir / image.file) as staged:
-                Image.fromarray(array).save(staged, format="PNG")
-            if kept:
-                _copy(out_dir / image.file, kept / _kept_name(planned, image))
+    todo = [image for image in mine if not _found(planned, image, kept)]
+    what = "erased images" if planned.checkpoint else "base images"
+    with bar(what, len(todo), unit="image", shown=bool(todo) and share.index == 0) as progress:
+        for batch in _batches(todo, batch_size):
+            arrays = sample(
+                pipe,
+                [i.prompt for i in batch],
+                [i.seed for i in batch],
+                num_steps=planned.num_steps,
+                guidance_scale=batch[0].guidance,
+                batch_size=batch_size,
+                height=batch[0].height,
+                width=batch[0].width,
+            )
+            for image, array in zip(batch, arrays, strict=True):
+                with atomic(out_dir / image.file) as staged:
+                    Image.fromarray(array).save(staged, format="PNG")
+                if kept:
+                    _copy(out_dir / image.file, kept / _kept_name(planned, image))
+            progress.update(len(batch))
     share.wait()
     return written
 
@@ -343,6 +348,7 @@ def sample(
     batch_size: int,
     height: int | None = None,
     width: int | None = None,
+    what: str | None = None,
 ) -> np.ndarray:
     """uint8 images (n, H, W, 3) of n prompts, image i drawn from a CPU generator seeded with seeds[i].
 
@@ -354,6 +360,7 @@ def sample(
         guidance_scale: classifier-free guidance; 1 or less means none.
         batch_size: images per call.
         height, width: in pixels; None is the pipeline's own.
+        what: a progress bar calls them; None shows none.
 
     Raises:
         UserError: the pipeline draws values that are not finite.
@@ -362,26 +369,28 @@ def sample(
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
     pipe.set_progress_bar_config(disable=True)
     parts = []
-    for start in range(0, len(prompts), batch_size):
-        now = slice(start, start + batch_size)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[now]]
-        drawn = np.asarray(
-            pipe(
-                prompt=list(prompts[now]),
-                num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                height=height,
-                width=width,
-                generator=generators,
-                output_type="np",
-            ).images
-        )
-        if not np.isfinite(drawn).all():  # 8 bits would show them as black
-            raise UserError(
-                f"a picture of {prompts[start]!r} or of a prompt drawn with it is not finite, in {pipe.dtype}; set "
-                "model.precision=float32, or restore the model's files"
+    with bar(what or "", len(prompts), unit="image", shown=what is not None) as progress:
+        for start in range(0, len(prompts), batch_size):
+            now = slice(start, start + batch_size)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[now]]
+            drawn = np.asarray(
+                pipe(
+                    prompt=list(prompts[now]),
+                    num_inference_steps=num_steps,
+                    guidance_scale=guidance_scale,
+                    height=height,
+                    width=width,
+                    generator=generators,
+                    output_type="np",
+                ).images
             )
-        parts.append((drawn * 255).round().astype(np.uint8))
+            if not np.isfinite(drawn).all():  # 8 bits would show them as black
+                raise UserError(
+                    f"a picture of {prompts[start]!r} or of a prompt drawn with it is not finite, in {pipe.dtype}; set "
+                    "model.precision=float32, or restore the model's files"
+                )
+            parts.append((drawn * 255).round().astype(np.uint8))
+            progress.update(len(parts[-1]))
     return np.concatenate(parts) if parts else np.zeros((0, 1, 1, 3), np.uint8)
 
 

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from esd.errors import UserError
 from esd.evaluation.attacks.budget import Budget, Meter, OutOfBudgetError, cost
@@ -35,6 +34,7 @@ from esd.evaluation.pixels import images_of
 from esd.evaluation.prompts import PromptRow
 from esd.families import Family
 from esd.families.base import Part
+from esd.progress import bar
 
 DRAW = DrawSettings(num_steps=50, guidance_scale=7.5, batch_size=8)
 
@@ -172,7 +172,7 @@ def _measure(
     points: list[Point] = []
     found: Sequence[Tensor] | None = None
     stopped: str | None = None
-    with closing(_from_plain(tries, watched)) as offered, tqdm(desc=label, unit="try", disable=None) as bar:
+    with closing(_from_plain(tries, watched)) as offered, bar(label, unit="try") as progress:
         try:
             for one in offered:
                 images = images_of(subject.family, one.latents, subject.draw.batch_size)
@@ -183,7 +183,7 @@ def _measure(
                 kept[nearer], best[nearer] = images[nearer], scores[nearer]
                 points.append(Point(dict(one.tried), meter.gradients, meter.queries, meter.seconds, scores))
                 found = one.found
-                bar.update()
+                progress.update()
         except OutOfBudgetError as spent:
             stopped = str(spent)
     if not points:

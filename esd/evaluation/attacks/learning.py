@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from esd import objectives, seeding
 from esd.errors import UserError
@@ -27,6 +26,7 @@ from esd.evaluation.attacks.attack import Attack, Tries, Try
 from esd.evaluation.attacks.recovery import Reads
 from esd.evaluation.attacks.subject import Subject
 from esd.families import Conditioning, Denoiser, Family
+from esd.progress import bar
 
 Reader = Callable[[Sequence[Tensor], Sequence[int]], Conditioning]
 
@@ -80,20 +80,22 @@ class LearningAttack(Attack):
         row_of = [i % len(subject.rows) for i in range(self.examples)]
         known = self.known(subject, row_of)
         optimiser = torch.optim.Adam(vectors, lr=self.lr)
-        for step in tqdm(range(self.steps + 1), desc=self.name, unit="update", leave=False, disable=None):
-            if step % self.every == 0 or step == self.steps:
-                found = [vector.detach().clone() for vector in vectors]
-                loss = held_out_loss(subject, read, found, known, row_of)
-                yield Try({"update": step, "loss": loss}, _drawn(subject, read, found), found)
-            if step == self.steps:
-                return
-            sources = seeding.generators(subject.seed, "attack update", step, range(self.batch_size))
-            chosen = [seeding.below(source, len(known)) for source in sources]
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                cond = read(vectors, [row_of[i] for i in chosen])
-                denoising_loss(subject.family, subject.attacked, known[chosen], cond, sources).backward()
-            optimiser.step()
+        with bar(self.name, self.steps, unit="update", leave=False) as progress:
+            for step in range(self.steps + 1):
+                if step % self.every == 0 or step == self.steps:
+                    found = [vector.detach().clone() for vector in vectors]
+                    loss = held_out_loss(subject, read, found, known, row_of)
+                    yield Try({"update": step, "loss": loss}, _drawn(subject, read, found), found)
+                if step == self.steps:
+                    return
+                sources = seeding.generators(subject.seed, "attack update", step, range(self.batch_size))
+                chosen = [seeding.below(source, len(known)) for source in sources]
+                optimiser.zero_grad()
+                with torch.enable_grad():
+                    cond = read(vectors, [row_of[i] for i in chosen])
+                    denoising_loss(subject.family, subject.attacked, known[chosen], cond, sources).backward()
+                optimiser.step()
+                progress.update()
 
     def control(self, subject: Subject, found: Sequence[Tensor] | None) -> Tries:
         """Random vectors of the same norms, as often as the budget allows; nothing where nothing was learned."""
