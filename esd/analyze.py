@@ -58,11 +58,12 @@ def analyze(config: AnalyzeConfig) -> int:
         announce(f"results would go to {run.path}; plan_only=true, so nothing was looked at")
         return 0
     from esd.analysis import Results
+    from esd.progress import on_terminal
 
     subject = find_subject(config, found, judge, device)
     module: Any = import_module(f"esd.analysis.{config.analysis.name}")
     with run.claimed(), counted(subject.family.denoiser) as progress:
-        results = Results(run.path, report=progress.write)
+        results = Results(run.path, report=progress.write if on_terminal() else announce)
         module.analyse(subject, results, **dataclasses.asdict(config.settings))
     for line in results.notes:
         announce(line)

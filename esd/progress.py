@@ -22,18 +22,27 @@ from .storage import atomic
 SELDOM = 30.0  # seconds between two lines of a bar that nobody watches
 
 
-def bar(what: str, total: int | None = None, *, unit: str, leave: bool = True, shown: bool = True) -> tqdm[Any]:
-    """A progress bar with the time left; in a log, where no terminal is, a line every half minute.
+def bar(
+    what: str, total: int | None = None, *, unit: str, first: int = 0, leave: bool = True, shown: bool = True
+) -> tqdm[Any]:
+    """A progress bar with the time left; where no terminal is, it is written every half minute.
 
     Args:
         what: goes on, which the bar begins with.
         total: units in all; None is unknown, and the bar counts.
         unit: of what is counted.
+        first: units done before.
         leave: whether the bar stays once all is done.
         shown: False shows none, as in all processes but one.
     """
-    pace = {} if sys.stderr.isatty() else {"mininterval": SELDOM, "maxinterval": SELDOM, "delay": SELDOM}
-    return tqdm(desc=what, total=total, unit=unit, leave=leave, disable=not shown, dynamic_ncols=True, **pace)
+    pace = {} if on_terminal() else {"mininterval": SELDOM, "maxinterval": SELDOM, "delay": SELDOM}
+    how: dict[str, Any] = {"leave": leave, "disable": not shown, "dynamic_ncols": True, **pace}
+    return tqdm(desc=what, total=total, initial=first, unit=unit, **how)
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: progress bars, which go to stderr, are read on a terminal."""
+    return bool(getattr(sys.stderr, "isatty", bool)())
 
 
 class Log:
@@ -55,13 +64,7 @@ class Log:
             with atomic(self.path) as staged:  # a kill here leaves the old file or the new one, never half of it
                 staged.write_text("".join(kept), encoding="utf-8")
             self.file = self.path.open("a", encoding="utf-8")
-        self.bar = tqdm(
-            total=self.updates,
-            initial=self.first,
-            unit="update",
-            disable=not self.enabled,
-            dynamic_ncols=True,
-        )
+        self.bar = bar("training", self.updates, unit="update", first=self.first, shown=self.enabled)
         self.times: list[float] = []
         return self
 

@@ -71,8 +71,8 @@ def train(
         held: tells the most memory that was held so far, in GiB by what holds it; for provenance.
 
     Raises:
-        UserError: see `esd.description.describe`, `student_views` and `make_adam`; the state in run_dir is of another
-            plan or base; or training diverged.
+        UserError: see `esd.description.describe`, `student_views` and `esd.learner.make_adam`; the state in run_dir is
+            of another plan or base; or training diverged.
         Stopped: SIGTERM or Ctrl-C came; the state is saved.
     """
     family.place("encoders")

@@ -42,6 +42,8 @@ def test_a_quotient_holds_its_true_value_as_often_as_it_says_and_is_the_same_ups
 def test_of_too_few_values_there_is_no_interval_and_of_constant_ones_no_correlation() -> None:
     for found in (estimates.mean([0.5]), estimates.quotient([1.0], [2.0])):
         assert (found.value, found.low, found.high, found.half) == (0.5, None, None, None) and found.told() == "0.50"
+    nothing = estimates.quotient([0.0, 0.0], [1.0, 2.0])
+    assert (nothing.value, nothing.low) == (0, None), "a share of nothing has no spread to tell"
     few = estimates.correlation([1, 2, 3], [1, 3, 2])
     assert few is not None and few.value == pytest.approx(0.5) and few.low is None
     assert estimates.correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None and estimates.correlation([1], [2]) is None

@@ -51,6 +51,18 @@ def test_a_log_gets_a_line_every_half_minute_and_none_of_short_work(
         assert log.getvalue().count("base images:") == 95 // SELDOM
 
 
+def test_no_bar_needs_a_whole_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sink:
+        def write(self, text: str) -> int:
+            return len(text)
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(sys, "stderr", Sink())
+    with bar("base images", 1, unit="image") as progress:
+        progress.update()
+
+
 def test_pictures_are_counted_where_they_are_given_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     settings = {"num_steps": 1, "guidance_scale": 1.0, "batch_size": 2}

@@ -257,7 +257,7 @@ def test_a_canvas_of_which_pictures_are_lost_tells_what_it_can(command: Command)
     for one in (told["erasures"][0], told["means"]["thing"]):
         one["UA"] = one["UA"] | nothing
     (folder / "metrics.json").write_text(json.dumps(told))
-    assert "Erased in turn, esd_u: no picture could be read." in page(command, "canvas").words
+    assert "Erased in turn, esd_u: no picture of what was erased could be read." in page(command, "canvas").words
 
 
 def test_what_the_denoiser_foretells_is_told_over_all_erasures(command: Command) -> None:

@@ -159,6 +159,8 @@ def test_the_jobs_of_a_sweep_draw_the_base_once_unless_it_would_draw_something_e
     monkeypatch.setattr("esd.evaluation.erasure._base_images", {})
     alone = train(command, "evaluation.num_steps=3", "objective.eta=2", "selection=mid", "run_dir=runs/alone")
     assert alone.out.count("images with the base") == 1
+    other = train(command, "evaluation.num_steps=3", "training.channels_last=true", "run_dir=runs/other")
+    assert other.out.count("images with the base") == 1, "another layout rounds otherwise"
     shared, drawn = (command.folder / f"runs/{name}/preview.png" for name in ("cat/1_objective.eta_2", "alone"))
     assert shared.read_bytes() == drawn.read_bytes()
 

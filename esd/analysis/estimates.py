@@ -82,7 +82,7 @@ def quotient(over: Values, under: Values) -> Estimate:
     """
     one, other = np.asarray(over, float), np.asarray(under, float)
     value, n = float(one.mean() / other.mean()), len(one)
-    if n < 2:
+    if n < 2 or not value:
         return Estimate(value, None, None, n)
     _, half = mean_interval((one / one.mean() - other / other.mean()).tolist())  # of values whose mean is 0
     return Estimate(value, value * math.exp(-half), value * math.exp(half), n)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from esd.checkpoint import Erased, erased
 from esd.evaluation.generate import sample
@@ -120,8 +121,13 @@ def evaluate(
 def base_images(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings, report: Report
 ) -> np.ndarray:
-    """What the base draws, uint8 (n, H, W, 3); kept for the next call, which may ask the same of the same base."""
-    asked = digest([prompts, seeds, asdict(settings), str(pipe.device), pipeline_hashes(pipe)])
+    """What the base draws, uint8 (n, H, W, 3); kept for the next call, which may ask the same of the same base.
+
+    Known again are weights, settings, device and memory layout; not what is hooked into a pipeline from outside.
+    """
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    where = [str(pipe._execution_device), [parameter.stride() for part in models for parameter in part.parameters()]]
+    asked = digest([prompts, seeds, asdict(settings), where, pipeline_hashes(pipe)])
     if asked not in _base_images:
         report(f"drawing {len(prompts)} images with the base")
         _base_images.clear()

@@ -38,9 +38,9 @@ def pipeline_hashes(pipe: Any) -> dict[str, str]:
 def weights_hash(parts: Mapping[str, nn.Module]) -> str:
     """sha256 of names, precisions, shapes and values of all parameters and buffers that are saved, in their precision.
 
-    Of a tensor of more than 16384 values one in 61 is taken, in memory's order. So a change of 61 neighbouring values
-    is seen wherever it is, as of a row of an embedding or of a projection, and so is training or merging; a change of
-    single values among many may not be.
+    Of a tensor of more than 16384 values one in 61 is taken, as `flatten` orders them. So a change of 61 neighbouring
+    values is seen wherever it is, as of a row of an embedding or of a projection, and so is training or merging; a
+    change of single values among many may not be.
 
     Args:
         parts: of a pipeline, by name.

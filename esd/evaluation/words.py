@@ -125,9 +125,10 @@ def _canvas(run: Run) -> str:
         for name in ("UA", "IRA")
     )
     if not gone:
-        return f"Erased in turn, {method}: no picture could be read."
+        return f"Erased in turn, {method}: no picture of what was erased could be read."
     told = f"Erased in turn, {method} takes away " + " and ".join(f"{percent(gone[one])} of {one}s" for one in gone)
-    return told + (f", and leaves {' and '.join(map(percent, kept.values()))} of their kind." if kept else ".")
+    known = kept.keys() == gone.keys()
+    return told + (f", and leaves {' and '.join(map(percent, kept.values()))} of their kind." if known else ".")
 
 
 def judged(runs: Sequence[Run]) -> list[Run]:
