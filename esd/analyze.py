@@ -9,7 +9,6 @@ checkpoint it looks at the erased model beside the base. The same command goes o
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from esd.config.analyze import AnalyzeConfig
 from esd.drawing import announce
 from esd.errors import UserError
+from esd.launch import processes
 from esd.main import run_program
 from esd.model import check, find_device, load
 from esd.run import RunDirectory
@@ -45,7 +45,7 @@ def analyze(config: AnalyzeConfig) -> int:
     from esd import checkpoint
     from esd.evaluation.judges import load_judge
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise UserError("esd.analyze runs in one process; start it as python -m esd.analyze ...")
     check(config.model)
     found = checkpoint.load(config.checkpoint) if config.checkpoint else None
@@ -74,7 +74,6 @@ def analyze(config: AnalyzeConfig) -> int:
 @contextmanager
 def counted(denoiser: nn.Module) -> Iterator[tqdm[Any]]:
     """A progress bar of the rows that a denoiser evaluates, for the length of a `with` block."""
-
     from esd.progress import bar
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

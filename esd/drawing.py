@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from esd.config.evaluate import EvaluateConfig
 from esd.config.generate import GenerateConfig
 from esd.errors import UserError
+from esd.launch import processes
 from esd.model import find_device
 from esd.run import RunDirectory, versions
 
@@ -85,7 +86,7 @@ def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:
 
 def refuse_several_processes(config: EvaluateConfig) -> None:
     """Raises UserError in a launch of several processes, for a suite whose work cannot be shared out."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise UserError(f"suite={config.suite.name} runs in one process; start it as python -m esd.evaluate ...")
 
 
@@ -115,7 +116,7 @@ def find_share(device: str) -> tuple[Share, torch.device | str]:
     from esd.evaluation.generate import Share
 
     found = find_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes() == 1:
         return Share(), found
     from accelerate import PartialState
 

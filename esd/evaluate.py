@@ -311,7 +311,7 @@ def denoiser(config: EvaluateConfig, drawn: Drawn) -> dict[str, Any]:
 def tell(metrics: dict[str, Any]) -> None:
     """Prints the rates, base beside erased; warns of images that could not be read."""
     from esd.evaluation import table
-    from esd.evaluation.words import span
+    from esd.evaluation.words import changes, span
 
     for model, lost in table.lost(metrics["images"]).items():
         announce_lost(model, lost)
@@ -322,9 +322,8 @@ def tell(metrics: dict[str, Any]) -> None:
                     what = "as asked" if rate["of"] == "label" else rate["of"]
                     trust = span(rate["interval"], rate["n"])
                     print(f"{model:<14} {question} {rate['rate']:.1%} {what}  {trust}  {judge}")
-    for name, rate in [*(metrics.get("erasure") or {}).items(), *metrics.get("ways", {}).items()]:
-        if isinstance(rate, dict) and rate["n"]:
-            print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate['interval'], rate['n'])}")
+    for line in changes([*(metrics.get("erasure") or {}).items(), *metrics.get("ways", {}).items()]):
+        print(line)
     for what, reason in {"rates of what was erased": "reason", "FID and KID": "distances_reason"}.items():
         if told := metrics.get(reason):
             print(f"no {what}: {told}")

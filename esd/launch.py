@@ -1,4 +1,4 @@
-"""How a training run was launched: as how many processes, on which device, in which precision."""
+"""How a program was launched: as how many processes; a training also on which device and in which precision."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 from esd.config.train import TrainConfig
 from esd.errors import UserError
 from esd.model import find_device
+
+
+def processes() -> int:
+    """Of this launch, by accelerate or torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def elsewhere(config: TrainConfig) -> bool:
@@ -24,7 +29,7 @@ def check_launch(asked: int | None) -> None:
     Raises:
         UserError: another number of processes, or a launch that would cut the model up.
     """
-    there = int(os.environ.get("WORLD_SIZE", "1"))
+    there = processes()
     if asked is not None and asked != there:
         # without cards accelerate starts one process, whatever number it is told
         several = f"accelerate launch --num_processes {asked} -m esd.train ... where there are as many cards, else as "
@@ -53,7 +58,7 @@ def make_accelerator(config: TrainConfig, tracker: dict[str, Any]) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # jobs of a sweep may differ in device and precision
     if elsewhere(config):
         return Accelerator(mixed_precision="no", cpu=True, **tracker)

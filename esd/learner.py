@@ -124,17 +124,8 @@ def point_sources(
         UserError: the time rule does not fit the scheduler, the bank cannot fill one update, or the model knows no
             such null prompt, negative prompt or embedded guidance.
     """
+    check_guidance(family, plan)
     objective, told = plan.objective, plan.objective.embedded_guidance
-    if told != 1 and family.guidance != "distilled":
-        raise UserError(
-            f"objective.embedded_guidance={told:g}: {family.name} is not told a guidance scale; allowed: 1, and "
-            "trajectory.guidance_scale for sampling"
-        )
-    if plan.sampling.negative and family.guidance != "cfg":
-        raise UserError(
-            f"trajectory.negative={plan.sampling.negative}: {family.name} takes no classifier-free guidance, and so no "
-            "negative prompt; leave it out"
-        )
     null = family.with_guidance(stand_in or family.null(objective.null), told)
     negative = (stand_in or family.null(plan.sampling.negative)) if plan.sampling.negative else None
 
@@ -161,6 +152,21 @@ def point_sources(
     kept = Conditions(encoded(plan.preserve), null, negative=negative)
     itself: tuple[Anchor, ...] = ("concept",)  # here the prompt to preserve
     return erasing, source(kept, "teacher", seeding.derive(plan.seed, "preserve"), wanted=itself)
+
+
+def check_guidance(family: Family, plan: TrainPlan) -> None:
+    """Raises UserError for an embedded guidance or a negative prompt of a model that takes none."""
+    told = plan.objective.embedded_guidance
+    if told != 1 and family.guidance != "distilled":
+        raise UserError(
+            f"objective.embedded_guidance={told:g}: {family.name} is not told a guidance scale; allowed: 1, and "
+            "trajectory.guidance_scale for sampling"
+        )
+    if plan.sampling.negative and family.guidance != "cfg":
+        raise UserError(
+            f"trajectory.negative={plan.sampling.negative}: {family.name} takes no classifier-free guidance, and so no "
+            "negative prompt; leave it out"
+        )
 
 
 def loss_terms(

@@ -218,7 +218,7 @@ def measure(
     """Writes preview.png and summary.json, with these facts in it, and prints the rates."""
     from esd import checkpoint
     from esd.evaluation.erasure import DrawSettings, evaluate
-    from esd.evaluation.words import span
+    from esd.evaluation.words import changes
     from esd.storage import write_json
 
     trained = checkpoint.load(run.path)
@@ -242,9 +242,8 @@ def measure(
     }
     reason = rates.pop("reason")
     write_json(run / "summary.json", rates | told | facts | {"reason": reason})
-    for name, rate in rates.items():
-        if isinstance(rate, dict) and rate["n"]:
-            print(f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate['interval'], rate['n'])}")
+    for line in changes(rates.items()):
+        print(line)
     if reason:
         print(f"no rates: {reason}")
     elif rates["neither"] is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from esd.evaluation.metrics import wilson
 from esd.evaluation.rates import TITLES, Rate
@@ -39,6 +40,13 @@ def span(interval: Sequence[float], n: int) -> str:
     """
     low, high = interval
     return f"(95%: {low:.1%} to {high:.1%}, n={n})"
+
+
+def changes(told: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """A line for each rate before and after, as programs print it; what is no rate, or of no pictures, has none."""
+    for name, rate in told:
+        if isinstance(rate, dict) and rate["n"]:
+            yield f"{name:<14} {rate['before']:.1%} -> {rate['after']:.1%}  {span(rate['interval'], rate['n'])}"
 
 
 def points(drop: float) -> str:

@@ -236,8 +236,9 @@ class AttentionEdit(AttentionOp):
         if all(site.part == "self" for site in sites):
             return
         rows, source = sampling.taking(self)
+        assert source is not None  # an edit names one
         for row in rows:
-            own, other = sampling.prompt(row), sampling.prompt(row if source is None else source)
+            own, other = sampling.prompt(row), sampling.prompt(source)
             known = self._aligned(sampling.family, other, own).known
             for word in self.word_steps:
                 if not known[positions_of(sampling.family, own, word)].any():
