@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +59,12 @@ def analyze(config: AnalyzeConfig) -> int:
         announce(f"results would go to {run.path}; plan_only=true, so nothing was looked at")
         return 0
     from esd.analysis import Results
-    from esd.progress import on_terminal
+    from esd.progress import say
 
     subject = find_subject(config, found, judge, device)
     module: Any = import_module(f"esd.analysis.{config.analysis.name}")
     with run.claimed(), counted(subject.family.denoiser) as progress:
-        results = Results(run.path, report=progress.write if on_terminal() else announce)
+        results = Results(run.path, report=partial(say, progress))
         module.analyse(subject, results, **dataclasses.asdict(config.settings))
     for line in results.notes:
         announce(line)

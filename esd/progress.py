@@ -45,6 +45,14 @@ def on_terminal() -> bool:
     return bool(getattr(sys.stderr, "isatty", bool)())
 
 
+def say(progress: tqdm[Any], line: str) -> None:
+    """Prints a line: above the bar on a terminal, and in a log without drawing the bar before its time."""
+    if on_terminal():
+        progress.write(line)
+    else:
+        print(line, flush=True)
+
+
 class Log:
     """metrics.jsonl, one line per update, and a progress bar with the loss and the time left.
 
@@ -95,7 +103,7 @@ class Log:
         self.times.append(metrics["seconds"])
         if len(self.times) == 5:  # the first update also builds the bank
             left = (self.times[-1] - self.times[0]) / 4 * (self.updates - metrics["step"])
-            self.bar.write(f"about {left:.0f} s left" if left < 120 else f"about {left / 60:.0f} minutes left")
+            say(self.bar, f"about {left:.0f} s left" if left < 120 else f"about {left / 60:.0f} minutes left")
 
 
 @contextmanager

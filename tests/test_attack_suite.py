@@ -93,11 +93,16 @@ def test_results_say_where_they_come_from_and_pictures_stand_beside_them(
 def test_what_is_there_is_not_attacked_again(family: Any, erased: Any, tmp_path: Path) -> None:
     once = run(family, erased, tmp_path, ATTACKS[:1])
     written = (tmp_path / "noise" / "base" / "3.png").stat().st_mtime_ns
+    elsewhere = once | {"base": once["base"] | {"name": "/another/machine/base", "revision": "main"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(elsewhere))
     scorer, lines = Redness(), list[str]()
     both = run(family, erased, tmp_path, scorer=scorer, report=lines.append, draw_settings=DrawSettings(2, 3.0, 1))
     assert both["attacks"]["noise"] == once["attacks"]["noise"] and lines[0] == "noise: done already"
     assert (tmp_path / "noise" / "base" / "3.png").stat().st_mtime_ns == written
     assert scorer.seen == 4 * 2 * len(ROWS)  # four runs of completion: the plain drawing and one try
+    (tmp_path / "metrics.json").write_text(json.dumps(once | {"base": once["base"] | {"weights": "other"}}))
+    with pytest.raises(UserError, match=r"base\.weights is 'other' there"):
+        run(family, erased, tmp_path, ATTACKS[:1])
 
 
 @pytest.mark.parametrize(

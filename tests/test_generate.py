@@ -243,10 +243,15 @@ def test_pictures_that_are_not_finite_are_a_mistake_not_black() -> None:
         sample(pipe, ["a cat"], [0], batch_size=1, **SETTINGS)
 
 
-def test_images_of_another_base_are_refused(command: Command) -> None:
+def test_images_of_another_base_are_refused_but_not_for_where_it_was(command: Command) -> None:
     shutil.copytree(command.folder / "base", command.folder / "base-mine")
     draw_cat = ("generate", "prompts=[a cat]", "run_dir=out", *DRAW, "model.path=base-mine")
     assert command(*draw_cat).code == 0
+    manifest, made = command.folder / "out/base/manifest.json", (command.folder / "out/base/0_0.png").stat().st_mtime_ns
+    known = str((command.folder / "base-mine").resolve())
+    manifest.write_text(manifest.read_text().replace(known, "/another/machine/base-mine"))
+    assert command(*draw_cat).code == 0
+    assert (command.folder / "out/base/0_0.png").stat().st_mtime_ns == made
     told = json.loads((command.folder / "out/base/manifest.json").read_text())["base"]
     assert told["name"] == str((command.folder / "base-mine").resolve()) and told["revision"] is None
     shutil.copytree(command.folder / "other", command.folder / "base-mine", dirs_exist_ok=True)

@@ -3,13 +3,14 @@
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from esd.analyze import counted
 from esd.evaluation.generate import sample
-from esd.progress import SELDOM, bar
+from esd.progress import SELDOM, Log, bar
 from tests import tiny
 
 
@@ -49,6 +50,19 @@ def test_a_log_gets_a_line_every_half_minute_and_none_of_short_work(
             clock[0] += 1
             progress.update()
         assert log.getvalue().count("base images:") == 95 // SELDOM
+
+
+def test_a_line_leaves_no_half_a_bar_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bar drawn before its time ends without a line break, and what is said next would stand behind it."""
+    for stream, drawn in ((io.StringIO(), False), (Terminal(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Log(tmp_path / "metrics.jsonl", 0, 1000, enabled=True) as log:
+            for step in range(1, 8):
+                log.write({"step": step, "loss": 0.5, "seconds": float(step)})
+        assert "about 995 s left" not in stream.getvalue() and "about 17 minutes left\n" in capsys.readouterr().out
+        assert ("training:" in stream.getvalue()) == drawn and stream.getvalue().endswith("\n" * drawn)
 
 
 def test_no_bar_needs_a_whole_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,11 @@ def base_of(family: Family) -> dict[str, str | None]:
     }
 
 
+def prints(base: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Of what `base_of` says, what decides a picture: where the base was taken from does not."""
+    return {name: value for name, value in base.items() if name not in ("name", "revision")}
+
+
 def check_sizes(family: Family, rows: Sequence[PromptRow]) -> None:
     """Raises UserError for the first row whose height or width the model's pipeline cannot draw."""
     for row in rows:
@@ -319,7 +324,7 @@ def _refuse_others(here: Manifest, now: Manifest) -> None:
             "nothing says whether they are of this base; choose another run_dir, or remove that folder"
         )
     facts = [
-        *((f"the base's {name}", here.base.get(name), value) for name, value in now.base.items()),
+        *((f"the base's {name}", here.base[name], value) for name, value in prints(now.base).items()),
         ("the checkpoint's sha256", (here.sha256 or "none")[:12], (now.sha256 or "none")[:12]),
         ("num_steps", here.num_steps, now.num_steps),
         ("interventions", list(here.interventions), list(now.interventions)),

@@ -31,7 +31,7 @@ from esd.evaluation.attacks.recovery import Recovery
 from esd.evaluation.attacks.scorer import Scorer
 from esd.evaluation.attacks.subject import Model
 from esd.evaluation.erasure import DrawSettings
-from esd.evaluation.generate import base_of
+from esd.evaluation.generate import base_of, prints
 from esd.evaluation.preview import Row, draw
 from esd.evaluation.prompts import PromptRow
 from esd.evaluation.recovered import RUNS
@@ -154,7 +154,8 @@ def _begun(file: Path, facts: dict[str, Any], attacks: Sequence[Attack]) -> dict
         return facts | {"attacks": {}}
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
-        pairs = [(name, there[name], fact) for name, fact in facts.items()]
+        pairs = [(name, there[name], fact) for name, fact in facts.items() if name != "base"]
+        pairs.append(("base", prints(there["base"]), prints(facts["base"])))
         pairs += [
             (f"suite.settings.{attack.name}", told["settings"], json.loads(json.dumps(attack.settings)))
             for attack in attacks
