@@ -18,7 +18,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """diffusers' schedulers hand torch tensors to numpy in a way that numpy 2 frowns upon."""
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning:diffusers")
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # side by side each gets its share of the cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+        share = max(1, (os.cpu_count() or 1) // int(workers))
+        torch.set_num_threads(share)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the programs that tests start
 
 
 @pytest.fixture(scope="session")

@@ -216,7 +216,10 @@ def test_a_method_may_erase_styles_otherwise_than_things() -> None:
     assert style.run_dir == "there/training"
 
 
-SMALL = ["training.updates=1", "training.batch_size=1", "trajectory.num_steps=2", "trajectory.rollouts=1"]
+SMALL = [
+    *("training.updates=1", "training.batch_size=1"),
+    *("trajectory.num_steps=2", "trajectory.rollouts=1", "evaluation.num_steps=2"),
+]
 
 
 @pytest.fixture
@@ -233,6 +236,7 @@ def known(command: Command) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow(reason="starts five Pythons of its own, which import torch, diffusers and transformers")
 def test_an_adapter_is_measured_as_any_method_and_what_is_refused_leaves_all_as_it_was(
     command: Command, known: tuple[str, ...]
 ) -> None:

@@ -169,11 +169,11 @@ class WalkthroughConfig(AnalysisSettings):
     words: list[str] = option(
         ["cat", "dog"], "of the prompt the word that gets the second one's embedding, and then that of a new word"
     )
-    pictures: int = option(3, "of everything, each with its own seed", at_least=1)
+    pictures: int = option(2, "of everything, each with its own seed", at_least=1)
     samplers: list[str] = option(
         ["ddim", "euler", "heun", "dpm++", "unipc"], f"compared as solvers of one equation: {', '.join(SOLVERS)}"
     )
-    sampler_steps: list[int] = option([5, 10, 20, 40, 80], "steps of each sampler", at_least=2, at_most=1000)
+    sampler_steps: list[int] = option([5, 10, 20, 40], "steps of each sampler", at_least=2, at_most=1000)
     starts: list[float] = option(
         [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "shares of the steps that a picture skips", at_least=0, below=1
     )

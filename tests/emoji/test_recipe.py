@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow(reason="trains every stage of the recipe, some of them several times")
+
 Run = Callable[..., None]
 Trained = tuple[Path, Path]
 
