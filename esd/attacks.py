@@ -51,7 +51,7 @@ def evaluate_attacks(config: EvaluateConfig) -> int:
     scorer = ConceptScorer.of_rows(judge, rows, threshold, concept=concept, synonyms=words)
     names = ", ".join(attack.name for attack in attacks)
     announce(f"attack {found.path} with {names}, on {len(rows)} prompts such as {rows[0].prompt!r}")
-    announce(f"read by {scorer.name}")
+    announce(f"read by {scorer.name}{'' if scorer.answer else f', which is not asked about {concept}'}")
     if config.plan_only:
         announce(f"results would go to {run.path}; plan_only=true, so nothing was attacked")
         return 0

@@ -332,6 +332,7 @@ class Canvas:
                 "method": {name: value for name, value in asdict(self.config.method).items() if value},
                 "judges": {self.judge.name: table.facts(self.judge)},
                 "planned": planned,
+                "asked": self.config.asked(),
                 "images": table.states(rows),
                 "erasures": erasures,
                 "means": means,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,11 @@ def rows_of(config: GenerateConfig) -> list[PromptRow]:
 
     vocabulary = Vocabulary.load(config.model.path)
     names = {"thing": vocabulary.names("thing"), "style": vocabulary.names("style")} if vocabulary else None
-    rows, told = promptsets.find(config.prompts, seed=config.seed, samples=config.images_per_prompt, names=names)
+    samples, guidance = config.images_per_prompt, config.guidance_scale
+    rows, told = promptsets.find(config.prompts, seed=config.seed, samples=samples, guidance=guidance, names=names)
     for line in told:
         announce(line)
-    return rows
+    return [replace(row, labels=vocabulary.labels(row.labels)) for row in rows] if vocabulary else rows
 
 
 def limited(rows: list[PromptRow], limit: int | None) -> list[PromptRow]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd.attacks import evaluate_attacks
@@ -115,6 +116,7 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
     announce(f"read by {', '.join(readers.facts) or 'no judge'}")
     if config.suite.name == "prompts":
         warn_of_few(config, split, rows)
+        warn_of_unknown(vocabulary, rows)
     if config.plan_only:
         announce(f"results would go to {run.path}; plan_only=true, so nothing was drawn")
         return 0
@@ -124,7 +126,7 @@ def evaluate_prompts(config: EvaluateConfig) -> int:
     share.wait()  # all have looked before the first one writes
     with run.claimed(main=share.index == 0):
         share.wait()
-        start, missing = time.monotonic(), missing_images(plans)
+        start, missing = time.monotonic(), missing_images(config, plans)
         draw(config, plans, family, found, share)
         took = {"images_drawn": missing, "seconds": {"drawing": time.monotonic() - start}}
         if share.index == 0:
@@ -228,9 +230,23 @@ def warn_of_few(config: EvaluateConfig, split: Split, rows: list[PromptRow]) -> 
     announce(f"{n} of {total} pictures are labelled as asking for {target.name!r}, {told}", warning=True)
 
 
-def missing_images(plans: dict[str, Manifest]) -> int:
-    """How many of the planned images are not there yet."""
-    return sum(not (manifest.folder / i.file).exists() for manifest in plans.values() for i in manifest.images)
+def warn_of_unknown(vocabulary: Vocabulary | None, rows: list[PromptRow]) -> None:
+    """Warns of things and styles that the model's own judge never answers with, so that they count as not shown."""
+    from esd.evaluation.vocabulary import DOMAINS
+
+    for domain in DOMAINS if vocabulary else ():
+        asked = dict.fromkeys(row.labels[domain] for row in rows if domain in row.labels)
+        if unknown := [name for name in asked if vocabulary and name not in vocabulary.names(domain)]:
+            told = f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
+            announce(f"prompts are labelled {domain}={told}, which the model's vocabulary.json lacks", warning=True)
+
+
+def missing_images(config: EvaluateConfig, plans: dict[str, Manifest]) -> int:
+    """How many of the planned images are to be drawn."""
+    from esd.evaluation.generate import to_draw
+
+    kept = Path(config.base_images) if config.base_images else None
+    return sum(to_draw(manifest, kept) for manifest in plans.values())
 
 
 def measure(config: EvaluateConfig, run: RunDirectory, drawn: Drawn, took: dict[str, Any]) -> None:
@@ -250,7 +266,7 @@ def measure(config: EvaluateConfig, run: RunDirectory, drawn: Drawn, took: dict[
         rows += read("erased", plans["erased"], readers.judges, readers.pairs, plans["base"])
     metrics: dict[str, Any] = {
         "suite": config.suite.name,
-        "limit": config.limit,
+        "asked": config.asked(),
         "base": plans["base"].base,
         "checkpoint": found.identity() if found else None,
         "judges": readers.facts,
@@ -293,8 +309,11 @@ def what_went(config: EvaluateConfig, drawn: Drawn, rows: list[dict[str, str]]) 
         told["distances_reason"] = "no judge asked has features; add one that has, such as clip:NAME"
     else:
         features = {"features": f"{reader.name} {reader.version} {reader.hash[:12]}"}
+        known = [drawn.vocabulary.find(target.name) if drawn.vocabulary else None for target in split.targets]
+        words = [word for found in known if found for word in found[1].synonyms]
         plans = drawn.plans
-        told["distances"] = fid_and_kid(plans["base"], plans["erased"], reader.features, split.targets) | features
+        apart = fid_and_kid(plans["base"], plans["erased"], reader.features, split.targets, words)
+        told["distances"] = apart | features
     return told
 
 

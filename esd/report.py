@@ -76,7 +76,8 @@ def warn(single: list[Run], sweeps: list[Sweep]) -> None:
     from esd.evaluation.runs import differing_bases
 
     everything = [*single, *(run for sweep in sweeps for run in sweep.runs)]
-    for line in [*differing_bases(everything), *(line for sweep in sweeps for line in sweep.left)]:
+    notes = [f"{run.name}: {note}" for run in everything for note in run.notes]
+    for line in [*differing_bases(everything), *(line for sweep in sweeps for line in sweep.left), *notes]:
         print(f"warning: {line}", file=sys.stderr)
 
 

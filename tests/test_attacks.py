@@ -435,6 +435,10 @@ class Detects(Says):
         return Readings({"nudity": ["", "breast", "breast"]}, {"nudity": np.array([0.0, 0.3, 0.8])})
 
 
+class Halves(Says):
+    questions = unsure = ("first", "second")
+
+
 PICTURES = np.zeros((3, 64, 64, 3), np.uint8)
 
 
@@ -484,6 +488,8 @@ def test_a_scorer_of_another_concept_than_the_attacks_is_refused() -> None:
     assert (called.answer, shown(called)) == ("cat", [True, False, False]), "the judge says cat, not kitty"
     assert ConceptScorer.of_rows(Detects(), asking(nudity="80"), concept="nudity").answer is None
     assert ConceptScorer.of_rows(Detects(), dogs, concept="cat").answer is None, "a detector needs no label"
+    with pytest.raises(UserError, match="reads first, second, and the prompts share no label"):
+        ConceptScorer.of_rows(Halves(), dogs, concept="dog")
 
 
 def test_words_that_a_judge_knows_for_one_thing_are_one_concept() -> None:

@@ -155,6 +155,9 @@ def test_a_run_that_is_stopped_while_it_measures_is_not_finished(
         with pytest.raises(RuntimeError, match="stopped"):
             command("evaluate", *asked, "limit=3", "judges=[ssim]", "denoiser_points=2")
     assert before == {name: (out / name).read_bytes() for name in before}, "nothing is replaced before all is known"
+    told = r"begun again with limit=3 \(null before\), denoiser_points=2 \(0 before\), and is not finished"
+    with pytest.raises(UserError, match=told):
+        runs.read(out)
     with monkeypatch.context() as patched:
         patched.setattr("esd.storage.write_json", lambda file, told: stopped() if file.name == "metrics.json" else None)
         with pytest.raises(RuntimeError, match="stopped"):
@@ -193,8 +196,24 @@ def test_another_erased_model_finds_the_images_of_the_base(command: Command, ask
     for file in kept:  # a mark that only a copy has
         file.write_bytes(file.read_bytes() + b"kept")
     assert command("evaluate", *asked, "run_dir=two").code == 0
+    assert json.loads((command.folder / "two/metrics.json").read_text())["images_drawn"] == 6, "copies are not drawn"
     assert all((command.folder / f"two/base/{i}_0.png").read_bytes().endswith(b"kept") for i in range(6))
     assert not (command.folder / "two/erased/0_0.png").read_bytes().endswith(b"kept")
+
+
+def test_labels_are_read_as_the_model_knows_them(command: Command) -> None:
+    erased_weights(command.folder / "weights/erased.safetensors")
+    model = known_model(command.folder)
+    rows = ["a cat,cat", "the Cat,A Cat", "a kitty,kitty", "a dog,Dog", "a zeppelin,zeppelin", "a sleeping cat,"]
+    text = "\n".join(["prompt,thing", *rows, "two cats,"])
+    (command.folder / "p.csv").write_text(f"{text}\n")
+    read = ("judges=[emoji-judge]", f"model.path={model}")
+    ended = command("evaluate", "prompts=p.csv", "checkpoint=weights", *FAST, *read)
+    assert ended.code == 0, ended.err
+    assert "labelled thing=zeppelin, which the model's vocabulary.json lacks" in ended.err
+    told = metrics(command)
+    assert [told["erasure"][name]["n"] for name in ("target", "implied", "same_domain")] == [2, 1, 2]
+    assert told["distances"]["n"] == 3, "the dog, the zeppelin and the cats; no prompt of a cat, with label or without"
 
 
 def test_damaged_images_are_counted_and_warned_of(command: Command, asked: tuple[str, ...]) -> None:
@@ -216,7 +235,7 @@ def test_another_limit_goes_on_with_what_is_there_and_tells_of_what_it_asks(
     for limit, cases, drawn in (("3", "024", 6), ("4", "0134", 4), ("null", "012345", 2), ("3", "024", 0)):
         assert command("evaluate", *asked, f"limit={limit}", "judges=[ssim]").code == 0
         told = metrics(command)
-        assert told["images_drawn"] == drawn and told["limit"] == yaml.safe_load(limit)
+        assert told["images_drawn"] == drawn and told["asked"]["limit"] == yaml.safe_load(limit)
         assert told["images"]["erased"]["ok"] == told["scores"]["erased"]["ssim"]["n"] == len(cases)
         rows = read_table(command.folder / "out/images.csv")
         assert [row["case_number"] for row in rows] == [*cases, *cases]

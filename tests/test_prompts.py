@@ -119,6 +119,7 @@ def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:
         ("p.csv", "prompt,width\na cat,wide\n", "width='wide' is no number"),
         ("p.csv", "case_number,prompt\n1,a cat\n1,a dog\n", "case_number 1 stands twice"),
         ("p.csv", "prompt\na cat\na cat\n", "stands twice"),
+        ("p.csv", "prompt,thing,thing\na cat,cat,dog\n", "'thing' in two columns"),
         ("p.csv", "prompt,seed\na cat, asleep,1\n", "line 2 has more fields than the columns, ['1']"),
         ("p.csv", 'prompt,seed\n"a cat,1\na dog,2\n', "line 2 is no CSV (unexpected end of data)"),
         ("p.csv", 'prompt,seed\n"a cat,1\n"a dog",2\n', "line 2 is no CSV"),
@@ -127,6 +128,7 @@ def test_json_lines_and_lists_are_read(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": ["a cat"]}\n', "line 1: ['a cat'] is no text"),
         ("p.jsonl", '{"prompt": true}\n', "True is no text"),
         ("p.jsonl", '{"prompt": null}\n', "None is no text"),
+        ("p.jsonl", '{"prompt": "a cat \\ud83d"}\n', "line 1: 'a cat \\ud83d' holds half a character"),
         ("p.jsonl", '{"seed": 1}\n', "the prompt is empty"),
         ("p.jsonl", "[1]\n", "not an object"),
         ("p.jsonl", "{\n", "line 1 is not JSON"),
@@ -137,6 +139,17 @@ def test_a_mistake_in_a_file_is_named(tmp_path: Path, name: str, text: str, told
     with pytest.raises(UserError) as raised:
         load(written(tmp_path, name, text))
     assert told in str(raised.value)
+
+
+def test_pictures_that_would_count_twice_are_refused(tmp_path: Path) -> None:
+    seeds = written(tmp_path, "seeds.csv", "prompt,seed\na cat,0\na cat,1\na cat,4\n")
+    assert len(load(seeds)) == 3
+    with pytest.raises(UserError, match=r"'a cat' with seed 1 stands twice, .*, 2 apart"):
+        load(seeds, samples=2)
+    scales = written(tmp_path, "scales.csv", "prompt,guidance\na cat,\na cat,4\n")
+    assert len(load(scales)) == len(load(scales, guidance=7.5)) == 2
+    with pytest.raises(UserError, match="'a cat' with seed 0 stands twice"):
+        load(scales, guidance=4.0)
 
 
 def test_missing_files_binary_files_and_empty_lists_are_mistakes(tmp_path: Path) -> None:

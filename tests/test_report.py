@@ -215,6 +215,8 @@ def test_attacks_stand_beside_base_and_erased_and_are_read_with_their_control(co
     assert "No attack tried brings “cat” back." in alone.words
     whole = [one["alt"].split(":")[0] for one in alone.all("img") if "a cat in the neon style, seed 0" in one["alt"]]
     assert whole == first[-5:], "they need no evaluation beside them"
+    (runs / "attacks/plain/base/0.png").unlink()
+    assert "1 of the shown pictures of soft_prompt are missing or corrupt" in page(command, "attacks").words
 
 
 def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Command) -> None:
@@ -244,6 +246,13 @@ def test_a_canvas_has_its_means_its_erasures_and_its_retention_curve(command: Co
     assert re.search(r"n=2 100% → 50%", made.words) and re.search(r"1.00 0.500 1 0.5 ", made.words)
     assert "What other things lost: over-erasure 0.500" in made.words and made.source.count("faint-dot") == 2
     assert [one["alt"].partition(":")[0] for one in made.all("img")] == ["base", "cat erased"]
+
+
+def test_a_canvas_without_the_bases_readings_is_damaged(command: Command) -> None:
+    file = finished.grid(command.folder / "canvas") / "images.csv"
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if "base," not in line[:5]))
+    ended = command("report", "canvas")
+    assert ended.code == 2 and "images.csv is damaged" in ended.err and not (command.folder / "report.html").exists()
 
 
 def test_a_canvas_of_which_pictures_are_lost_tells_what_it_can(command: Command) -> None:
@@ -328,6 +337,13 @@ def test_a_sweep_has_its_front_its_table_and_its_recommendation(command: Command
     for still in (0, 3):
         finished.evaluation(command.folder / f"evals/{still}", command.folder / f"{still}.safetensors", still=still)
     assert len(page(command, "evals").all("img")) == 24, "those of the evaluation to take"
+    finished.evaluation(command.folder / "evals/5", command.folder / "5.safetensors", still=5, lost=2)
+    lost = "5: pictures that are in no rate: erased: 2 missing"
+    assert lost in page(command, "evals").words, "of those not to take too"
+    assert (
+        lost in command("report", "evals").err
+        and "erased: 2 missing" in (command.folder / "evals/sweep.csv").read_text()
+    )
     finished.training(command.folder / "none/0_eta_1", None)
     assert "no run of it has a rate of the target" in page(command, "none").words
 

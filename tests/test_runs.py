@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from esd.errors import UserError
 from esd.evaluation.rates import erasures
@@ -50,6 +51,11 @@ def test_a_canvas_is_read_with_the_rates_of_every_erasure(tmp_path: Path) -> Non
     run = one(finished.grid(tmp_path / "canvas"))
     assert (run.kind, run.concepts, run.base.name) == ("canvas", ("cat",), "tiny")
     assert run.notes == ("1 of 2 erasures are done; the same command goes on",)
+    settings = yaml.safe_load((tmp_path / "canvas/config.yaml").read_text())
+    told = json.loads((tmp_path / "canvas/metrics.json").read_text())
+    (tmp_path / "canvas/metrics.json").write_text(json.dumps(told | {"asked": {"limit": 2}}))
+    finished.config(tmp_path / "canvas", settings | {"limit": 30})
+    assert one(tmp_path / "canvas").notes[1].startswith("begun again with limit=30 (2 before); its figures are those")
     (found,) = erasures(run.results).values()
     assert (found["target"].before, found["target"].after, found["target"].n) == (1.0, 0.0, 2)
     assert (found["same_domain"].before, found["same_domain"].drop) == (1.0, 0.5)

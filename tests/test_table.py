@@ -1,6 +1,7 @@
 """images.csv: what judges read, with probabilities, from which rates follow under any threshold without a judge."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,11 @@ def test_distances_are_over_what_was_not_erased(manifests: dict[str, Manifest]) 
     assert found["n"] == 6 and found["fid"] > 0
     same = reading.fid_and_kid(manifests["base"], manifests["base"], features, [])
     assert same["n"] == 12 and same["fid"] == pytest.approx(0, abs=1e-6)
+    unlabelled = {
+        model: replace(one, images=tuple(replace(image, labels={}) for image in one.images))
+        for model, one in manifests.items()
+    }
+    assert reading.fid_and_kid(unlabelled["base"], unlabelled["erased"], features, TARGETS)["n"] == 6, "by their words"
     nothing = reading.fid_and_kid(manifests["base"], manifests["erased"], features, [*TARGETS, Target("thing", "dog")])
     assert nothing == {"fid": None, "kid": None, "n": 0}
 

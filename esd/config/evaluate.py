@@ -81,6 +81,10 @@ class EvaluateConfig(GenerateConfig):
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
 
+    def asked(self) -> dict[str, Any]:
+        """The settings that may differ from those of a directory's earlier results, and decide what results say."""
+        return {name: getattr(self, name) for name in ("limit", "judges", "thresholds", "denoiser_points")}
+
     def check(self) -> None:
         """Raises UserError for the first value that is out of its range; touches no file and no model."""
         suite = self.suite.name

@@ -279,6 +279,14 @@ def generate(
     return written
 
 
+def to_draw(planned: Manifest, kept: Path | None) -> int:
+    """How many of the planned images are neither there nor, of a base's, among those kept."""
+    absent = [image for image in planned.images if not (planned.folder / image.file).exists()]
+    if kept is None or planned.checkpoint:
+        return len(absent)
+    return sum(not (kept / _kept_name(planned, image)).exists() for image in absent)
+
+
 def _beside(written: Manifest, known: Manifest) -> Manifest:
     """The manifest of all images of a folder: those planned, and those drawn before that are not asked for now."""
     files = {image.file for image in written.images}

@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def load(
     *,
     seed: int = 0,
     samples: int = 1,
+    guidance: float | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
     without: Collection[int] = (),
     once: bool = False,
@@ -75,15 +77,17 @@ def load(
         source: path of a file, or prompts.
         seed: of rows that give none. Those of a template count up from it, so that each of their pictures begins with
             noise of its own: row n has seed + n * samples.
-        samples: pictures of each row.
+        samples: pictures of each row, from as many seeds.
+        guidance: of rows that give none; None is none that a row could give.
         names: what {thing} and {style} run over, for example {"thing": ["cat"], "style": ["mosaic"]}; None for a
             model that names none. A template is labelled with what fills it and with the name that stands in it.
         without: case numbers to pass over, whatever stands in their rows.
         once: take the first of rows that would draw the same image, instead of refusing them.
 
     Raises:
-        UserError: no such file, an unknown kind of file, quotes or commas astray in a CSV, a prompt that is no text, a
-            row without one, a template and nothing to fill it with, two rows alike, or no rows.
+        UserError: no such file, an unknown kind of file, quotes or commas astray in a CSV, a column that stands twice,
+            a prompt that is no text, a row without one, a template and nothing to fill it with, two rows that draw the
+            same image, or no rows.
     """
     if isinstance(source, str | Path):
         records = _records(Path(source))
@@ -112,8 +116,8 @@ def load(
     if not rows:
         raise UserError(f"prompts={source} holds no prompts; allowed: at least one row with a 'prompt'")
     if once:
-        rows = list({_image(row): row for row in reversed(rows)}.values())[::-1]
-    _refuse_twins(rows)
+        rows = list({_images(row, 1, guidance)[0]: row for row in reversed(rows)}.values())[::-1]
+    _refuse_twins(rows, samples, guidance)
     return rows
 
 
@@ -175,11 +179,16 @@ def _text(prompt: Any, where: str) -> str:
     """A prompt as text; a number, as the prompt 1984 of a list is read, is one.
 
     Raises:
-        UserError: null, true or false, a list or a mapping.
+        UserError: null, true or false, a list or a mapping, or half a character.
     """
     if isinstance(prompt, bool) or not isinstance(prompt, str | int | float):
         raise UserError(f"{where}: {prompt!r} is no text; allowed: text, such as 'a cat'")
-    return str(prompt).strip()
+    try:
+        return str(prompt).encode().decode().strip()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {prompt!r} holds half a character (of a pair in UTF-16); save the file again as UTF-8"
+        ) from None
 
 
 def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -207,6 +216,8 @@ def _csv_records(reader: csv.DictReader[str], path: Path) -> Iterator[tuple[dict
     try:
         if "prompt" not in (reader.fieldnames or ()):
             raise UserError(f"prompts={path} has columns {list(reader.fieldnames or ())}; it needs one named 'prompt'")
+        if twice := [name for name, n in Counter(reader.fieldnames).items() if name and n > 1]:
+            raise UserError(f"prompts={path} has {twice[0]!r} in two columns; name each column once")
         for record in reader:
             where = f"{path} line {reader.line_num}"
             if any(extra := record.pop(None, [])):  # what exceeds the columns
@@ -281,22 +292,24 @@ def _whole(value: Any, name: str, where: str, default: int) -> int:
     return whole
 
 
-def _image(row: PromptRow) -> tuple[Any, ...]:
-    """What decides the image of a row."""
-    return row.prompt, row.evaluation_seed, row.guidance, row.height, row.width
+def _images(row: PromptRow, samples: int, guidance: float | None) -> list[tuple[Any, ...]]:
+    """What decides each of the images of a row: prompt, seed, guidance and size."""
+    scale = guidance if row.guidance is None else row.guidance
+    return [(row.prompt, row.evaluation_seed + s, scale, row.height, row.width) for s in range(samples)]
 
 
-def _refuse_twins(rows: Sequence[PromptRow]) -> None:
+def _refuse_twins(rows: Sequence[PromptRow], samples: int, guidance: float | None) -> None:
     """Raises UserError for two rows that would write the same file or draw the same image."""
     numbers: set[int] = set()
-    images: set[tuple[Any, ...]] = set()
+    seen: set[tuple[Any, ...]] = set()
     for row in rows:
-        image = _image(row)
         if row.case_number in numbers:
             raise UserError(f"case_number {row.case_number} stands twice in the prompts; allowed: each number once")
-        if image in images:
+        if again := [image for image in _images(row, samples, guidance) if image in seen]:
+            apart = f", {samples} apart for as many pictures of each" if samples > 1 else ""
             raise UserError(
-                f"prompt {row.prompt!r} with seed {row.evaluation_seed} stands twice; remove one, or change its seed"
+                f"prompt {row.prompt!r} with seed {again[0][1]} stands twice, and would count twice; remove one, or "
+                f"change its seed{apart}"
             )
         numbers.add(row.case_number)
-        images.add(image)
+        seen.update(_images(row, samples, guidance))

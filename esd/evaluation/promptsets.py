@@ -64,22 +64,24 @@ def find(
     *,
     seed: int = 0,
     samples: int = 1,
+    guidance: float | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[PromptRow], list[str]]:
     """The rows of a setting, and what to say of them.
 
     Args:
         source: a list of prompts, the path of a file, or NAME:PATH of a set and the user's copy of it.
-        seed, samples, names: see `esd.evaluation.prompts.load`.
+        seed, samples, guidance, names: see `esd.evaluation.prompts.load`.
 
     Raises:
         UserError: no set has that name, the file is not the set of that name, or see `esd.evaluation.prompts.load`.
     """
+    how: Any = {"seed": seed, "samples": samples, "guidance": guidance}
     if not isinstance(source, str):
-        return load(source, seed=seed, samples=samples, names=names), []
+        return load(source, **how, names=names), []
     name, colon, path = source.partition(":")
     if colon and name in known():
-        return _copied(name, Path(path).expanduser(), seed)
+        return _copied(name, Path(path).expanduser(), how)
     if name in known():
         raise UserError(f"prompts={name} does not come with esd; get {known()[name][0]}, and say prompts={name}:PATH")
     if not Path(source).suffix and not Path(source).exists():
@@ -87,11 +89,16 @@ def find(
             f"prompts={source}: no set has that name; allowed: NAME:PATH with one of {', '.join(known())}, a .csv or "
             ".jsonl file, or a list such as prompts='[a cat]'"
         )
-    return load(source, seed=seed, samples=samples, names=names), []
+    return load(source, **how, names=names), []
 
 
-def _copied(name: str, path: Path, seed: int) -> tuple[list[PromptRow], list[str]]:
+def _copied(name: str, path: Path, how: Mapping[str, Any]) -> tuple[list[PromptRow], list[str]]:
     """The rows of a set from a user's copy, without empty ones and those that repeat another, and what was left out.
+
+    Args:
+        name: of the set.
+        path: of the copy.
+        how: it is read, see `esd.evaluation.prompts.load`.
 
     Raises:
         UserError: there is no such file, or it is another than the field's.
@@ -107,7 +114,7 @@ def _copied(name: str, path: Path, seed: int) -> tuple[list[PromptRow], list[str
             f"{', '.join(f'{digest[:12]}... ({copy})' for digest, copy in copies.items())}; get that file, or give "
             f"yours without '{name}:'"
         )
-    rows = load(path, seed=seed, without=EMPTY.get(name, ()), once=True)
+    rows = load(path, **how, without=EMPTY.get(name, ()), once=True)
     if copies[found].label:
         column, _, value = copies[found].label.partition("=")
         rows = [replace(row, labels={**row.labels, column: value}) for row in rows]

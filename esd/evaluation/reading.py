@@ -17,7 +17,7 @@ from esd.evaluation.distances import fid, kid
 from esd.evaluation.generate import UNREADABLE, Drawn, Manifest
 from esd.evaluation.judges import Judge, PairJudge, PromptJudge
 from esd.evaluation.table import Row
-from esd.evaluation.vocabulary import Target
+from esd.evaluation.vocabulary import Target, says
 
 BATCH = 256
 MIN_IMAGES = 2  # of each folder, below which no distance between them is defined
@@ -77,7 +77,11 @@ def read(
 
 
 def fid_and_kid(
-    base: Manifest, erased: Manifest, features: Callable[[np.ndarray], np.ndarray], targets: Sequence[Target]
+    base: Manifest,
+    erased: Manifest,
+    features: Callable[[np.ndarray], np.ndarray],
+    targets: Sequence[Target],
+    words: Sequence[str] = (),
 ) -> dict[str, Any]:
     """FID and KID between the base's images and the erased model's, of prompts that name nothing erased.
 
@@ -85,15 +89,12 @@ def fid_and_kid(
         base, erased: of the same prompts.
         features: images (n, H, W, 3) to (n, d).
         targets: what was erased; without any, all prompts count.
+        words: that name it too, in prompts without a label that would tell.
 
     Returns:
         {"fid", "kid", "n"}, nulls where fewer than two images of each are left.
     """
-    files = [
-        image.file
-        for image in base.images
-        if not any(target.named(image.labels) or target.touched(image.labels) for target in targets)
-    ]
+    files = [image.file for image in base.images if not _names(image, targets, words)]
     parts = []
     for start in range(0, len(files), BATCH):
         one, two = ([opened(side.folder / file) for file in files[start : start + BATCH]] for side in (base, erased))
@@ -103,6 +104,16 @@ def fid_and_kid(
         return {"fid": None, "kid": None, "n": n}
     before, after = (np.concatenate(side) for side in zip(*parts, strict=True))
     return {"fid": fid(before, after), "kid": kid(before, after, paired=True), "n": n}
+
+
+def _names(image: Drawn, targets: Sequence[Target], words: Sequence[str]) -> bool:
+    """Whether a prompt names something erased, or what it was erased from: by its labels, else in its words."""
+    return any(
+        target.named(image.labels)
+        or target.touched(image.labels)
+        or (target.domain not in image.labels and any(says(image.prompt, word) for word in (target.name, *words)))
+        for target in targets
+    )
 
 
 def _row(model: str, manifest: Manifest, image: Drawn, picture: Picture) -> Row:

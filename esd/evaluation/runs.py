@@ -260,6 +260,11 @@ def _evaluation(path: Path, settings: Mapping[str, Any], results: Mapping[str, A
         raise TypeError("judges and rates are no tables")
     rates = read_rates(results.get("erasure") or {})
     ways(results)  # whether they can be told is found out here
+    if other := _asked_otherwise(settings, results):
+        raise UserError(
+            f"{path} was begun again with {other}, and is not finished; its figures are those of before: the same "
+            "command goes on"
+        )
     reason = results.get("reason") if results["checkpoint"] else "only the base was measured"
     return _measured(results) | {"rates": rates, "reason": str(reason or "")}
 
@@ -271,13 +276,26 @@ def _canvas(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any])
     if (manifest := path / "base" / "manifest.json").is_file():
         base = _base(json.loads(manifest.read_text(encoding="utf-8"))["base"])
     left = f"{done} of {planned} erasures are done; the same command goes on"
+    other = _asked_otherwise(settings, results)
+    again = f"begun again with {other}; its figures are those of before, and the same command goes on"
     return {
         "concepts": tuple(erasure["name"] for erasure in results["erasures"]),
         "base": base,
         "rates": {},
         "reason": "a canvas is of many erasures",
-        "notes": (left,) if done < planned else (),
+        "notes": tuple(line for line, holds in ((left, done < planned), (again, other)) if holds),
     }
+
+
+def _asked_otherwise(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """What a run was begun again with since its results were written, in words; empty where nothing differs."""
+    asked = results.get("asked") or {}
+    told = {name: (settings.get(name), value) for name, value in asked.items() if settings}
+    return ", ".join(
+        f"{name}={json.dumps(now)} ({json.dumps(before)} before)"
+        for name, (now, before) in told.items()
+        if now != before
+    )
 
 
 def erased_in_turn(runs: Sequence[Run]) -> list[Mapping[str, Any]]:

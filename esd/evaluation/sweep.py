@@ -235,6 +235,7 @@ def write_table(path: Path, tried: Sequence[Trial]) -> None:
             "erased": trial.erased,
             "kept": trial.kept,
             "fell_most": largest_drop(trial.rates)[0],
+            "lost": "; ".join(f"{model}: {words}" for run in trial.runs for model, words in run.lost.items()),
         }
         | {"on_front": i in on_front, "recommended": i == best}
         | {f"{name}.{key}": value for name, rate in trial.rates.items() for key, value in _cells(rate).items()}

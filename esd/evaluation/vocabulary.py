@@ -124,6 +124,21 @@ class Vocabulary:
                     return domain, entry
         return None
 
+    def labels(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Labels with thing and style by the name that the model knows; another word for it is kept as "called".
+
+        What the model does not know stays as it is.
+        """
+        found = dict(given)
+        for domain in DOMAINS:
+            value = given.get(domain, "")
+            known = self.find(value)
+            if known and known[0] == domain:
+                found[domain] = known[1].name
+                if plain(value) != plain(known[1].name):
+                    found.setdefault("called", value)
+        return found
+
     def targets(self, concepts: Sequence[str], erase_from: Sequence[str] = ()) -> list[Target]:
         """What is erased, of the concepts that the model knows.
 
@@ -261,6 +276,11 @@ def _entry(told: Mapping[str, Any]) -> Entry:
     """An entry of the file."""
     other = (tuple(told.get(words, ())) for words in ("synonyms", "hypernyms"))
     return Entry(str(told["name"]), str(told.get("group", "")), *other)
+
+
+def says(text: str, name: str) -> bool:
+    """Whether a text has a name among its words, in any case."""
+    return bool(re.search(rf"(?<!\w){re.escape(plain(name))}(?!\w)", text.lower()))
 
 
 def plain(text: str) -> str:

@@ -56,8 +56,8 @@ class ConceptScorer:
     ) -> ConceptScorer:
         """The scorer of what all rows ask for, by a label of theirs that the judge reads.
 
-        Where they share several, as "cat" and "mosaic", it is the one that is the concept. A judge that may answer
-        every question with "nothing", as NudeNet does, needs no label.
+        Where they share several, as "cat" and "mosaic", it is the one that is the concept. A detector, which answers
+        one question and that perhaps with "nothing", as NudeNet does, needs no label: it says what it says of any.
 
         Args:
             judge, threshold: as above.
@@ -78,7 +78,7 @@ class ConceptScorer:
                 return cls(judge, question, label, threshold)
             if plain(label) in map(plain, synonyms):
                 return cls(judge, question, concept, threshold)
-        if judge.questions and set(judge.questions) == set(judge.unsure):
+        if len(judge.questions) == 1 and tuple(judge.questions) == tuple(judge.unsure):
             return cls(judge, judge.questions[0], None, threshold)
         reads = ", ".join(judge.questions) or "nothing here"
         if shared:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +120,14 @@ def make(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> Page:
             f"{sweep.path}: no run of it has a rate of the target, so that there is nothing to choose by"
             for sweep in unrated
         ),
-        *(f"{part.run.name}: {note}" for part in [*sections, *(one.section for one in found)] for note in part.notes),
+        *dict.fromkeys(
+            f"{name}: {note}"
+            for name, notes in [
+                *((run.name, run.notes) for run in everything),
+                *((part.run.name, part.notes) for part in [*sections, *(one.section for one in found)]),
+            ]
+            for note in notes
+        ),
     ]
     rated, weights = [run for run in runs if "target" in run.rates], words.judged(runs)
     one = weights[0] if len(weights) == 1 else runs[0] if len(runs) == 1 else None
@@ -179,14 +187,9 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
     """Adds grids, every judge's rates, and the denoiser's own figures."""
     run = part.run
     drawn = next(one for one in seen if one.run is run)
-    try:
+    with whole_table(run):
         part.groups = drawn.groups()
         part.readings, part.losses = _readings(drawn)
-    except (ValueError, KeyError) as error:
-        again = f": {run.command}" if run.command else ""
-        raise UserError(
-            f"{run.path / 'images.csv'} is damaged ({error!r}); remove it, and evaluate again{again}"
-        ) from error
     for model, lost in drawn.lost().items():
         counts = ", ".join(f"{n} {state}" for state, n in lost.items())
         part.notes.append(f"pictures of the {model} model that cannot be read any more: {counts}")
@@ -194,6 +197,18 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
     part.scores = facts.scores(run)
     if denoiser := run.results.get("denoiser"):
         part.plots.append(plots.inside(denoiser))
+
+
+@contextmanager
+def whole_table(run: Run) -> Iterator[None]:
+    """Raises UserError where what is read of a run's images.csv is not there, or is no number."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        again = f": {run.command}" if run.command else ""
+        raise UserError(
+            f"{run.path / 'images.csv'} is damaged ({error!r}); remove it, and evaluate again{again}"
+        ) from error
 
 
 def _readings(drawn: pictures.Drawn) -> tuple[list[Bar], list[Bar]]:
@@ -226,7 +241,8 @@ def _canvas(part: Section, seen: Sequence[pictures.Drawn]) -> None:
         part.means.append((f"{domain}s, mean of {len(told)}", mean, published))
         part.plots += [plots.retention(domain, told)] if any(one["retention"] for one in told) else []
     part.erasures = list(zip(results["erasures"], erasures(results).values(), strict=True))
-    part.groups = [pictures.canvas(part.run)]
+    with whole_table(part.run):
+        part.groups = [pictures.canvas(part.run)]
 
 
 def _attacks(part: Section, seen: Sequence[pictures.Drawn]) -> None:

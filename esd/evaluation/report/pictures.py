@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from PIL import Image
 from esd.evaluation.generate import UNREADABLE
 from esd.evaluation.runs import Run
 from esd.evaluation.table import Row, agrees, rates, read_table
-from esd.evaluation.vocabulary import evenly_spaced, plain
+from esd.evaluation.vocabulary import evenly_spaced, plain, says
 
 EDGE, WIDE = 320, 1400  # longest edge of a picture in a grid, and of a preview; pixels
 SHOWN = {"targets": 12, "others": 12, "attacked": 8}  # pictures of each kind on a page
@@ -179,7 +178,7 @@ class Drawn:
         row = next(iter(rows.values()))
         if labels := [value for name, value in row.items() if name.startswith("label.")]:
             return any(map(self.names, labels))
-        return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", row["prompt"].lower()) for name in self.erased)
+        return any(says(row["prompt"], name) for name in self.erased)
 
     def _still(self, row: Row | None) -> bool:
         """Whether what was erased is read in a picture."""
@@ -239,8 +238,8 @@ def attacked(run: Run, attack: str, seen: Sequence[Drawn]) -> Group:
         folder, file = run.path / attack, f"{row['case_number']}.png"
         seen_before = twin.tile(twin.places[asked]).pictures if twin else ()
         unsafe = judge in UNSAFE_JUDGES or any(picture.unsafe for picture in seen_before)
-        own = [(by, run.path / "plain" / by / file) for by in ("base", "erased")]
-        kept = tuple(Picture(by, encoded(path), unsafe=unsafe) for by, path in own if path.exists())
+        unattacked = [(by, run.path / "plain" / by) for by in ("base", "erased")]
+        kept = tuple(Picture(by, encoded(own / file), unsafe=unsafe) for by, own in unattacked if own.is_dir())
         found = {"attacked": "erased", "by chance": "erased_control", "base, attacked": "base"}
         drawn = (Picture(by, encoded(folder / name / file), unsafe=unsafe) for by, name in found.items())
         tiles.append(Tile(*asked, (*(kept or seen_before), *drawn)))
