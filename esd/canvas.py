@@ -301,14 +301,12 @@ class Canvas:
 
         found = checkpoint.load(folder / "training")
         apart = fid_and_kid(base, erased, self.judge.features, [target])
-        points = retention.curve(target.name, before[target.domain], after[target.domain], likeness)
         return {
             "name": target.name,
             "domain": target.domain,
             **canvas.scores(target, before, after),
             **{name: apart[name] for name in ("fid", "kid")},
-            "retention": [asdict(point) for point in points],
-            "over_erasure": retention.area(points),
+            **retention.told(target, before, after, likeness),
             "denoiser": look_inside(self.config, self.family, found, self.vocabulary),
             "seconds": found.provenance["seconds"],
             "peak_gib": found.provenance.get("peak_gib"),  # which earlier versions did not tell

@@ -287,7 +287,8 @@ def measure(config: EvaluateConfig, run: RunDirectory, drawn: Drawn, took: dict[
 def what_went(config: EvaluateConfig, drawn: Drawn, rows: list[dict[str, str]]) -> dict[str, Any]:
     """What went and what stayed: "erasure" and "distances", or the "reason" and "distances_reason" why there are none.
 
-    Where it was asked for in other ways, "erasure" is of the prompts that have a word for it, and "ways" of each way.
+    Where it was asked for in other ways, "erasure" is of the prompts that have a word for it, and "ways" of each way;
+    else "harm" is what others of its kind lost.
     """
     from esd.evaluation import implicit
     from esd.evaluation.judges import FeatureJudge
@@ -300,6 +301,7 @@ def what_went(config: EvaluateConfig, drawn: Drawn, rows: list[dict[str, str]]) 
         rows = [row for row in rows if row["label.way"] in implicit.BY_NAME]
     if (rates := split.rates(rows, facts)) and split.judge:
         told["erasure"] = {"judge": split.judge.name, "targets": [asdict(target) for target in split.targets]} | rates
+    told["harm"] = None if implied else who_was_harmed(drawn, rows)
     reader = next((judge for judge in drawn.readers.judges if isinstance(judge, FeatureJudge)), None)
     if implied:
         told["distances_reason"] = "every prompt means what was erased"
@@ -315,6 +317,28 @@ def what_went(config: EvaluateConfig, drawn: Drawn, rows: list[dict[str, str]]) 
         apart = fid_and_kid(plans["base"], plans["erased"], reader.features, split.targets, words)
         told["distances"] = apart | features
     return told
+
+
+def who_was_harmed(drawn: Drawn, rows: list[dict[str, str]]) -> dict[str, Any] | None:
+    """What others of its kind lost, as a canvas tells it of an erasure.
+
+    None where it was not one concept of a vocabulary, erased from all, or prompts ask for fewer than two others.
+    """
+    from esd.evaluation import canvas, retention
+
+    judge, targets, vocabulary = drawn.split.judge, drawn.split.targets, drawn.vocabulary
+    if judge is None or vocabulary is None or len(targets) != 1 or targets[0].within:
+        return None
+    (target,) = targets
+    known = [row for row in rows if row.get(f"label.{target.domain}") in vocabulary.names(target.domain)]
+    before, after = (
+        canvas.counted([row for row in known if row["model"] == model], judge.name) for model in ("base", "erased")
+    )
+    names = list(dict.fromkeys([target.name, *before[target.domain]]))
+    if len(names) < 3:
+        return None
+    likeness = retention.similarities(drawn.family, names)
+    return {"name": target.name, "domain": target.domain} | retention.told(target, before, after, likeness)
 
 
 def denoiser(config: EvaluateConfig, drawn: Drawn) -> dict[str, Any]:

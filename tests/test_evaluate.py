@@ -204,7 +204,7 @@ def test_another_erased_model_finds_the_images_of_the_base(command: Command, ask
 def test_labels_are_read_as_the_model_knows_them(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
     model = known_model(command.folder)
-    rows = ["a cat,cat", "the Cat,A Cat", "a kitty,kitty", "a dog,Dog", "a zeppelin,zeppelin", "a sleeping cat,"]
+    rows = ["a cat,cat", "the Cat,A Cat", "a kitty,kitty", "a dog,Dog", "a rose,rose", "a zeppelin,zeppelin", "a sleeping cat,"]
     text = "\n".join(["prompt,thing", *rows, "two cats,"])
     (command.folder / "p.csv").write_text(f"{text}\n")
     read = ("judges=[emoji-judge]", f"model.path={model}")
@@ -212,8 +212,12 @@ def test_labels_are_read_as_the_model_knows_them(command: Command) -> None:
     assert ended.code == 0, ended.err
     assert "labelled thing=zeppelin, which the model's vocabulary.json lacks" in ended.err
     told = metrics(command)
-    assert [told["erasure"][name]["n"] for name in ("target", "implied", "same_domain")] == [2, 1, 2]
-    assert told["distances"]["n"] == 3, "the dog, the zeppelin and the cats; no prompt of a cat, with label or without"
+    assert [told["erasure"][name]["n"] for name in ("target", "implied", "same_domain")] == [2, 1, 3]
+    assert told["distances"]["n"] == 4, "dog, rose, zeppelin and cats; no prompt of a cat, with label or without"
+    assert {point["name"]: point["n"] for point in told["harm"]["retention"]} == {"dog": 1, "rose": 1}
+    assert -1 <= told["harm"]["over_erasure"] <= 1 and told["harm"]["name"] == "cat"
+    assert command("report", "out").code == 0
+    assert "What other things lost" in (command.folder / "report.html").read_text()
 
 
 def test_damaged_images_are_counted_and_warned_of(command: Command, asked: tuple[str, ...]) -> None:

@@ -69,15 +69,15 @@ def counted(rows: Sequence[Mapping[str, str]], judge: str) -> Counts:
     """How many pictures of each name are taken for it.
 
     Args:
-        rows: of images.csv, of one model; those without a picture are left out.
+        rows: of images.csv, of one model; those without a picture, or without a label of a domain, are left out.
         judge: whose best answers "thing" and "style" count.
     """
     counts: Counts = {domain: {} for domain in DOMAINS}
     for row in rows:
         for domain in DOMAINS if row["state"] == "ok" else ():
-            name = row[f"label.{domain}"]
-            k, n = counts[domain].get(name, (0, 0))
-            counts[domain][name] = (k + (row.get(f"{judge}.{domain}", "") == name), n + 1)
+            if name := row.get(f"label.{domain}"):
+                k, n = counts[domain].get(name, (0, 0))
+                counts[domain][name] = (k + (row.get(f"{judge}.{domain}", "") == name), n + 1)
     return counts
 
 

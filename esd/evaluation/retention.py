@@ -13,13 +13,16 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from esd.evaluation.canvas import Counts
 from esd.evaluation.prompts import say
+from esd.evaluation.vocabulary import Target
 from esd.families import Family
 
 
@@ -75,6 +78,18 @@ def curve(
         if name != erased and n and name in after and after[name][1]
     ]
     return sorted(points, key=lambda point: point.similarity)
+
+
+def told(target: Target, before: Counts, after: Counts, likeness: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """What metrics.json says of who was harmed: "retention", the points of `curve`, and their area, "over_erasure".
+
+    Args:
+        target: what was erased.
+        before, after: of base and erased model, see `esd.evaluation.canvas.counted`.
+        likeness: of `similarities`.
+    """
+    points = curve(target.name, before[target.domain], after[target.domain], likeness)
+    return {"retention": [asdict(point) for point in points], "over_erasure": area(points)}
 
 
 def area(points: Sequence[Retained]) -> float | None:

@@ -195,6 +195,8 @@ def _evaluation(part: Section, seen: Sequence[pictures.Drawn]) -> None:
         part.notes.append(f"pictures of the {model} model that cannot be read any more: {counts}")
     part.ways = [Bar(WAYS[name], rate, name in GOES) for name, rate in ways(run.results).items()]
     part.scores = facts.scores(run)
+    if harm := run.results.get("harm"):
+        part.plots.append(plots.retention(harm["domain"], [harm]))
     if denoiser := run.results.get("denoiser"):
         part.plots.append(plots.inside(denoiser))
 
