@@ -204,7 +204,15 @@ def test_another_erased_model_finds_the_images_of_the_base(command: Command, ask
 def test_labels_are_read_as_the_model_knows_them(command: Command) -> None:
     erased_weights(command.folder / "weights/erased.safetensors")
     model = known_model(command.folder)
-    rows = ["a cat,cat", "the Cat,A Cat", "a kitty,kitty", "a dog,Dog", "a rose,rose", "a zeppelin,zeppelin", "a sleeping cat,"]
+    rows = [
+        "a cat,cat",
+        "a Cat,A Cat",
+        "a kitty,kitty",
+        "a dog,Dog",
+        "a rose,rose",
+        "a zeppelin,zeppelin",
+        "a cat asleep,",
+    ]
     text = "\n".join(["prompt,thing", *rows, "two cats,"])
     (command.folder / "p.csv").write_text(f"{text}\n")
     read = ("judges=[emoji-judge]", f"model.path={model}")

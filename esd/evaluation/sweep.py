@@ -5,7 +5,8 @@ Runs that differ only in seed or in what they erase are one trial of a setting; 
 of anything that should have stayed: a setting is as good as the worst that it does. It is known only where prompts
 were drawn that name nothing erased. A picture that several runs drew counts once.
 
-Source: UnlearnCanvas' UA for erased (Zhang et al. 2024, arXiv:2402.11846); the rest is ours.
+Source: UnlearnCanvas' UA for erased (Zhang et al. 2024, arXiv:2402.11846), but that a picture in which the judge is not
+sure of anything counts as erased too, where there the best answer counts, as it does on our canvas; the rest is ours.
 """
 
 from __future__ import annotations
