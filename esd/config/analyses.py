@@ -69,7 +69,7 @@ class LayersConfig(AnalysisSettings):
         ],
         "for each of the prompts one that asks for another style, otherwise alike",
     )
-    pictures: int = option(4, "of each prompt, where one layer is left out; each with its own seed", at_least=1)
+    pictures: int = option(2, "of each prompt, where one layer is left out; each with its own seed", at_least=1)
     window_pictures: int = option(1, "of each prompt, under every other edit; at most layers.pictures", at_least=1)
     lengths: list[int] = option([], "of windows of consecutive layers; [] is every length", at_least=1)
     weights: list[float] = option([1.0, 5.0, 10.0], "w, of what layers make of the text", at_least=0)

@@ -36,7 +36,7 @@ class AnalyzeConfig:
         None, "erased.safetensors or a run directory, looked at beside the base; null is the base alone"
     )
     run_dir: str | None = option(None, "where results go; null is runs/<analysis and checkpoint>")
-    num_steps: int = option(10, "sampling steps", at_least=1, at_most=1000)
+    num_steps: int = option(6, "sampling steps", at_least=1, at_most=1000)
     guidance_scale: float = option(4.0, "classifier-free guidance", at_least=0)
     batch_size: int = option(16, "most pictures in one batch", at_least=1)
     seed: int = option(0, "of the first picture; those after it count up", at_least=0, at_most=MAX_SEED)
