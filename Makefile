@@ -44,7 +44,7 @@ test: $(STAMP) ## style, types and the quick tests
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## the slow tests: an erasure from end to end, and what else takes minutes
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto --maxschedchunk=1 -m slow
 
 .PHONY: clean
 clean: ## remove .venv, builds and caches; runs/ stays

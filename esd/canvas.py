@@ -135,6 +135,7 @@ def settings_of(config: EvaluateConfig, target: Target, folder: Path) -> list[st
         *(config.method.styles if target.domain == "style" else ()),
         *(f"evaluation.{name}=0" for name in UNREAD),
         "evaluation.preview_images=1",
+        *(f"evaluation.{name}={getattr(config, name)}" for name in ("num_steps", "guidance_scale")),
         f"model.path={quoted(config.model.path)}",
         f"model.precision={config.model.precision}",
         f"device={config.device}",

@@ -216,10 +216,7 @@ def test_a_method_may_erase_styles_otherwise_than_things() -> None:
     assert style.run_dir == "there/training"
 
 
-SMALL = [
-    *("training.updates=1", "training.batch_size=1"),
-    *("trajectory.num_steps=2", "trajectory.rollouts=1", "evaluation.num_steps=2"),
-]
+SMALL = ["training.updates=1", "training.batch_size=1", "trajectory.num_steps=2", "trajectory.rollouts=1"]
 
 
 @pytest.fixture
