@@ -187,7 +187,7 @@ def test_maps_are_measured_and_drawn_cell_by_cell() -> None:
         ),
         (["attention.cross_replace=0"], "attention.cross_replace=0"),
         (["attention.prompts=[a cat, a cat]"], "names a prompt twice"),
-        (["layers.pictures=2"], "says nothing to analysis=attention"),
+        (["layers.pictures=3"], "says nothing to analysis=attention"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(command: Command, arguments: list[str], told: str) -> None:

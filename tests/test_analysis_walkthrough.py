@@ -262,7 +262,7 @@ def test_what_a_model_has_is_shown_and_the_rest_left_out_in_words(
         ("walkthrough.prompt=a rose", "walkthrough.prompt='a rose' does not hold 'cat'"),
         ("walkthrough.samplers=[ddpm]", "walkthrough.samplers: 'ddpm'; allowed: ddim, euler"),
         ("walkthrough.starts=[1.0]", "walkthrough.starts"),
-        ("layers.pictures=2", "says nothing to analysis=walkthrough"),
+        ("layers.pictures=3", "says nothing to analysis=walkthrough"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(command: Command, setting: str, told: str) -> None:
