@@ -234,9 +234,11 @@ def warn_of_unknown(vocabulary: Vocabulary | None, rows: list[PromptRow]) -> Non
     """Warns of things and styles that the model's own judge never answers with, so that they count as not shown."""
     from esd.evaluation.vocabulary import DOMAINS
 
-    for domain in DOMAINS if vocabulary else ():
-        asked = dict.fromkeys(row.labels[domain] for row in rows if domain in row.labels)
-        if unknown := [name for name in asked if vocabulary and name not in vocabulary.names(domain)]:
+    if vocabulary is None:
+        return
+    for domain in DOMAINS:
+        asked, known = (row.labels.get(domain) for row in rows), vocabulary.names(domain)
+        if unknown := [name for name in dict.fromkeys(asked) if name is not None and name not in known]:
             told = f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
             announce(f"prompts are labelled {domain}={told}, which the model's vocabulary.json lacks", warning=True)
 

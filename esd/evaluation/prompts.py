@@ -305,11 +305,12 @@ def _refuse_twins(rows: Sequence[PromptRow], samples: int, guidance: float | Non
     for row in rows:
         if row.case_number in numbers:
             raise UserError(f"case_number {row.case_number} stands twice in the prompts; allowed: each number once")
-        if again := [image for image in _images(row, samples, guidance) if image in seen]:
+        images = _images(row, samples, guidance)
+        if again := [image for image in images if image in seen]:
             apart = f", {samples} apart for as many pictures of each" if samples > 1 else ""
             raise UserError(
                 f"prompt {row.prompt!r} with seed {again[0][1]} stands twice, and would count twice; remove one, or "
                 f"change its seed{apart}"
             )
         numbers.add(row.case_number)
-        seen.update(_images(row, samples, guidance))
+        seen.update(images)

@@ -130,8 +130,8 @@ class Vocabulary:
         What the model does not know stays as it is.
         """
         found = dict(given)
-        for domain in DOMAINS:
-            value = given.get(domain, "")
+        for domain in (domain for domain in DOMAINS if domain in given):
+            value = given[domain]
             known = self.find(value)
             if known and known[0] == domain:
                 found[domain] = known[1].name
